@@ -18,7 +18,14 @@ from typing import Any, Literal
 import torch
 
 CallStatus = Literal["ok", "unknown_tool", "bad_json", "bad_arguments", "error", "timeout"]
-CALL_STATUSES: tuple[CallStatus, ...] = ("ok", "unknown_tool", "bad_json", "bad_arguments", "error", "timeout")
+CALL_STATUSES: tuple[CallStatus, ...] = (
+    "ok",
+    "unknown_tool",
+    "bad_json",
+    "bad_arguments",
+    "error",
+    "timeout",
+)
 
 StopReason = Literal["eos", "answer", "max_turns", "max_tokens", "context_full"]
 STOP_REASONS: tuple[StopReason, ...] = ("eos", "answer", "max_turns", "max_tokens", "context_full")

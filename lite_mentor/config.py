@@ -1,0 +1,238 @@
+"""One flat configuration: every field with a sentence, the presets, the command line, and the checks.
+
+The object that `parse` returns is the object the run uses and the object that `config.json` records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from lite_mentor.errors import UserError
+
+Preset = Literal["quick", "tiny", "paper", "modern", "8gb", "12gb", "16gb", "24gb"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a small language model to use tools, guided by a cached teacher."""
+
+    preset: Preset = "quick"
+    """Where every other default comes from; flags override single fields."""
+    out: str = ""
+    """Folder of the run; empty: runs/<preset>-<time>."""
+    resume: str = ""
+    """Continue the run in this folder from its newest sound checkpoint."""
+    check: bool = False
+    """Only prove that the longest sample fits: one update at full length, then stop."""
+    seed: int = 0
+    """Every random choice of the run follows from it."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """Kernels: auto is triton on CUDA and torch on the CPU."""
+
+    student: str = "smollm2-135m"
+    """A local folder, a hub id, `smollm2-135m`, or `tiny` (random weights)."""
+    quant: Literal["nf4", "none"] = "nf4"
+    """Base weights in 4-bit NF4, or unquantised in the compute dtype."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute dtype; auto takes bf16 where this hardware was measured to be faster in it."""
+    lora_rank: int = 16
+    """Rank of the adapters on every linear layer but the head."""
+    lora_alpha: int = 32
+    """Adapter scale is lora_alpha / lora_rank."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, about a third more time."""
+
+    task: str = "math"
+    """Training tasks: a built-in suite (math, tiny, gsm_symbolic) or a path to a .jsonl or .parquet file."""
+    levels: tuple[int, ...] = (1, 2)
+    """Difficulty of the built-in tasks, as the number of calls a solution needs."""
+    train_size: int = 2000
+    """How many training examples are generated or read."""
+    teacher: str = ""
+    """Folder of the teacher's cache; empty: the built-in tasks' own solutions, cached at the first run."""
+    eval_suites: tuple[str, ...] = ("validation", "test", "ood_tools", "ood_lookup")
+    """Held-out suites: `validation` and `test` are splits of the task, the others are named suites."""
+    eval_size: int = 200
+    """Examples of `validation`; every other suite uses half as many."""
+
+    sft_steps: int = 12
+    """Cold start: supervised steps on the teacher's records before RL; 0 leaves it to the support gate."""
+    sft_batch: int = 16
+    """Teacher records in a supervised step."""
+    sft_lr: float = 1e-3
+    """Peak learning rate of the cold start."""
+
+    steps: int = 40
+    """RL steps."""
+    prompts_per_step: int = 4
+    """Examples in a step."""
+    group_size: int = 8
+    """Rollouts of each example."""
+    temperature: float = 1.0
+    """Of training rollouts; evaluation is greedy."""
+    top_k: int = 0
+    """Sample from the k most likely tokens only; 0 is off, and keeps sampled and recomputed logprobs alike."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this much probability; 1 is off."""
+    max_turns: int = 4
+    """Assistant turns in an episode; a call in the last one leaves it unfinished."""
+    max_new_tokens: int = 256
+    """Tokens after the prompt, over all turns, tool results included."""
+    max_prompt_tokens: int = 512
+    """A longer prompt is an error, not a silent cut."""
+
+    reward: Literal["mentor", "mentor_f1", "mentor_overlap", "no_align", "sparse", "strict", "flex"] = "flex"
+    """How an episode is judged against the answer and the teacher's calls."""
+    advantage: Literal["grpo", "dr_grpo", "batch", "gdpo"] = "gdpo"
+    """How rewards are compared within a group."""
+    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "dapo"
+    """The policy-gradient objective and its reduction."""
+    clip: tuple[float, float] = (0.2, 0.28)
+    """The ratio is clipped to [1 - low, 1 + high]."""
+    beta: float = 0.0
+    """Weight of the KL to the reference (the student with its adapters off); 0 skips its forward."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL."""
+    entropy: float = 0.0
+    """Weight of the entropy bonus."""
+    tis_cap: float = 2.0
+    """Cap of the correction for sampler and trainer disagreeing (truncated importance sampling); 0 is off."""
+
+    lr: float = 2e-4
+    """Peak learning rate of RL."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up."""
+    warmup: int = 2
+    """RL steps over which the learning rate rises."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm."""
+    updates_per_step: int = 1
+    """Optimizer steps on one step's rollouts; each takes its share of the groups."""
+    micro_tokens: int = 2048
+    """Most tokens in one packed row: this decides the memory of an update, never its result."""
+
+    save_every: int = 20
+    """Steps between checkpoints."""
+    eval_every: int = 0
+    """Steps between evaluations during RL; 0: only before and after."""
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """prompts_per_step * group_size."""
+        return self.prompts_per_step * self.group_size
+
+    def asdict(self) -> dict:
+        """Every field, as JSON can hold it."""
+        return dataclasses.asdict(self)
+
+    def hash(self) -> str:
+        """Of the fields that decide what is learned: two runs with equal hashes may continue each other."""
+        neutral = {
+            "out",
+            "resume",
+            "check",
+            "save_every",
+            "eval_every",
+            "eval_suites",
+            "eval_size",
+            "micro_tokens",
+        }
+        decisive = {k: v for k, v in self.asdict().items() if k not in neutral}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_PAPER = dict(
+    student="Qwen/Qwen3-1.7B", lora_rank=32, lora_alpha=64, gradient_checkpointing=True, levels=(1, 2, 3, 4, 5, 6),
+    sft_steps=0, prompts_per_step=32, updates_per_step=4, group_size=10, max_turns=5, max_new_tokens=8192,
+    max_prompt_tokens=1536, temperature=0.6, top_k=20, top_p=0.99, reward="mentor", advantage="grpo",
+    loss="dapo", clip=(0.2, 0.2), beta=0.001, kl="k3", entropy=0.001, lr=2e-5, warmup=0, weight_decay=0.01,
+    micro_tokens=16384, steps=125, save_every=10, eval_every=10,
+)  # fmt: skip
+_MODERN = dict(
+    student="Qwen/Qwen3-1.7B", lora_rank=32, lora_alpha=64, gradient_checkpointing=True, levels=(1, 2, 3, 4, 5, 6),
+    sft_steps=20, sft_lr=2e-4, prompts_per_step=16, group_size=8, max_turns=8, max_new_tokens=2048,
+    max_prompt_tokens=1536, reward="flex", advantage="gdpo", loss="dapo", beta=0.0, lr=5e-5, warmup=5,
+    micro_tokens=16384, steps=200, save_every=20, eval_every=50,
+)  # fmt: skip
+
+PRESETS: dict[str, Config] = {
+    "quick": Config(),
+    "tiny": Config(
+        preset="tiny", student="tiny", quant="none", dtype="fp32", task="tiny", levels=(1,), lora_rank=64,
+        lora_alpha=64, eval_suites=("validation", "test"), sft_steps=150, sft_batch=32, sft_lr=5e-3,
+        steps=20, prompts_per_step=8, max_turns=3, max_new_tokens=96, max_prompt_tokens=256, lr=1e-3,
+        micro_tokens=8192, save_every=10,
+    ),
+    "paper": Config(preset="paper", **_PAPER),
+    "modern": Config(preset="modern", **_MODERN),
+    "8gb": Config(preset="8gb", **_MODERN | dict(student="Qwen/Qwen3-0.6B", max_new_tokens=1024, micro_tokens=6144)),
+    "12gb": Config(preset="12gb", **_MODERN | dict(max_new_tokens=1024, micro_tokens=8192)),
+    "16gb": Config(preset="16gb", **_MODERN | dict(micro_tokens=12288)),
+    "24gb": Config(preset="24gb", **_MODERN | dict(student="Qwen/Qwen3-4B", micro_tokens=16384)),
+}  # fmt: skip
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """The command line -> a checked Config. Unknown flags end the program with the nearest flag's name."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = "quick"
+    for i, word in enumerate(argv):
+        if word == "--preset" and i + 1 < len(argv):
+            name = argv[i + 1]
+        elif word.startswith("--preset="):
+            name = word.split("=", 1)[1]
+    if name not in PRESETS:
+        raise UserError(f"--preset {name}: there is no such preset; choose one of {', '.join(PRESETS)}.")
+    config = tyro.cli(Config, args=argv, default=PRESETS[name], prog="train.py")
+    check(config)
+    return config
+
+
+def load(path: str) -> Config:
+    """Read back a run's config.json. Raises UserError when it does not hold exactly Config's fields."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not the configuration of a run of this version: {error}.") from error
+
+
+def check(config: Config) -> None:
+    """Raise UserError for the first setting that cannot work, naming it and what to change."""
+    positive = ("steps", "prompts_per_step", "group_size", "max_turns", "max_new_tokens", "micro_tokens",
+                "lora_rank", "lora_alpha", "train_size", "eval_size", "sft_batch", "updates_per_step",
+                "max_prompt_tokens", "save_every", "temperature", "lr", "sft_lr", "max_grad_norm")  # fmt: skip
+    for name in positive:
+        if not getattr(config, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be greater than 0.")
+    if config.group_size < 2:
+        raise UserError("--group-size is 1, so no rollout has another to be compared with; use 2 or more.")
+    if not 0 < config.top_p <= 1 or config.top_k < 0:
+        raise UserError(f"--top-p {config.top_p} --top-k {config.top_k}: top-p lies in (0, 1], top-k is 0 or more.")
+    if config.prompts_per_step % config.updates_per_step:
+        raise UserError(
+            f"--updates-per-step {config.updates_per_step} does not divide --prompts-per-step {config.prompts_per_step}."
+        )
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    if config.micro_tokens < longest:
+        raise UserError(
+            f"--micro-tokens {config.micro_tokens} cannot hold one rollout of up to {longest} tokens "
+            f"(--max-prompt-tokens + --max-new-tokens); raise it to {longest} or shorten the rollouts."
+        )
+    if config.device not in ("auto", "cpu") and not config.device.startswith("cuda"):
+        raise UserError(f"--device {config.device}: use auto, cpu or cuda.")
+    if not config.levels:
+        raise UserError("--levels is empty; name at least one level, such as --levels 1 2.")
