@@ -133,6 +133,11 @@ class Config:
         """prompts_per_step * group_size."""
         return self.prompts_per_step * self.group_size
 
+    @property
+    def kernel_backend(self) -> str | None:
+        """What the kernels call it when they are to choose for themselves: None."""
+        return None if self.backend == "auto" else self.backend
+
     def asdict(self) -> dict:
         """Every field, as JSON can hold it."""
         return dataclasses.asdict(self)

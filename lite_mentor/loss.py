@@ -1,0 +1,74 @@
+"""Hidden states -> kernels -> loss: where a packed row meets the fused head and the policy loss."""
+
+from __future__ import annotations
+
+import torch
+from mentor_kernels import Normaliser, PolicyLossConfig, PolicyLossOut, linear_logprob, policy_loss
+
+from lite_mentor.attention import PackedPlan
+from lite_mentor.config import Config
+from lite_mentor.student import Student
+from lite_mentor.types import Batch
+
+
+def loss_config(config: Config) -> PolicyLossConfig:
+    """The part of the configuration that the policy-loss kernel reads."""
+    return PolicyLossConfig(
+        loss=config.loss,
+        clip_low=config.clip[0],
+        clip_high=config.clip[1],
+        kl=config.kl,
+        beta=config.beta,
+        entropy_coef=config.entropy,
+        tis_cap=config.tis_cap or None,
+        max_new_tokens=config.max_new_tokens,
+    )
+
+
+def logprobs(
+    student: Student, batch: Batch, *, temperature: float = 1.0, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logprob and entropy [N] of each sampled token, under the student as it is now."""
+    plan = PackedPlan(batch.segment_starts, batch.segment_parents, len(batch.ids_T), student.device)
+    hidden_TH = student.hidden(batch.ids_T[None], batch.positions_T[None], plan)
+    out = linear_logprob(
+        hidden_TH.index_select(0, batch.row_index_N.to(hidden_TH.device)),
+        student.head_weight_VH,
+        batch.targets_N.to(hidden_TH.device),
+        temperature=temperature,
+        softcap=student.softcap,
+        scale=student.logit_scale,
+        backend=backend,
+    )
+    return out.logprob_N, out.entropy_N
+
+
+@torch.no_grad()
+def old_logprobs(student: Student, batch: Batch, config: Config) -> torch.Tensor:
+    """The trainer's own logprobs [N] before the first of several updates on the same rollouts."""
+    return logprobs(student, batch, temperature=config.temperature, backend=config.kernel_backend)[0]
+
+
+def batch_loss(
+    student: Student, batch: Batch, config: Config, old_logp_N: torch.Tensor | None = None
+) -> PolicyLossOut:
+    """This row's share of the optimizer step's loss. Without `old_logp_N` the update is on-policy: every ratio is 1."""
+    how = dict(temperature=config.temperature, backend=config.kernel_backend)
+    ref_logp_N = None
+    if config.beta:
+        with torch.no_grad(), student.reference():
+            ref_logp_N = logprobs(student, batch, **how)[0]
+    logp_N, entropy_N = logprobs(student, batch, **how)
+    device = logp_N.device
+    return policy_loss(
+        logp_N,
+        old_logp_N,
+        batch.advantage_N.to(device),
+        sequence_N=batch.sequence_N.to(device),
+        ref_logp_N=ref_logp_N,
+        behaviour_logp_N=batch.behaviour_logp_N.to(device),
+        entropy_N=entropy_N,
+        config=loss_config(config),
+        normaliser=Normaliser(tokens=batch.global_tokens, sequences=batch.global_sequences),
+        backend=config.kernel_backend,
+    )

@@ -1,0 +1,53 @@
+"""The optimizer, its schedule, and the guard that lets no non-finite number into the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lite_mentor.config import Config
+
+
+@dataclass(frozen=True)
+class Update:
+    """What happened to one optimizer step."""
+
+    grad_norm: float
+    applied: bool
+    """False when the gradient was not finite: the weights and the optimizer are then as they were."""
+
+
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:
+    """AdamW; on CUDA with bitsandbytes' paged 8-bit states, on the CPU torch's own."""
+    parameters = list(parameters)
+    if parameters[0].is_cuda:
+        from bitsandbytes.optim import PagedAdamW8bit
+
+        return PagedAdamW8bit(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+
+
+def learning_rate(step: int, steps: int, *, peak: float, warmup: int, schedule: str) -> float:
+    """At step 0 .. steps-1: a linear warm-up that starts above 0, then constant or cosine to a tenth of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def apply_gradients(optimizer: torch.optim.Optimizer, *, lr: float, max_norm: float) -> Update:
+    """Clip to `max_norm` and step, unless the gradient is not finite. Gradients are cleared either way."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False).item()
+    finite = math.isfinite(norm)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return Update(norm, finite)

@@ -1,0 +1,92 @@
+"""The cold start: supervised steps on the teacher's records, so that RL has something to reinforce.
+
+A teacher record becomes a `Rollout` whose "sampled" tokens are the assistant's, so packing, head and masks are the
+ones RL uses. The support gate asks first whether a cold start is needed at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from lite_mentor.batch import pack
+from lite_mentor.config import Config
+from lite_mentor.loss import logprobs
+from lite_mentor.optim import apply_gradients, learning_rate
+from lite_mentor.prompt import Chat
+from lite_mentor.student import Student
+from lite_mentor.types import Batch, Example, Rollout, TeacherRecord
+
+
+def support(rollouts: Sequence[Rollout]) -> float:
+    """Share of rollouts in which at least one call worked: without any, no process reward can ever be seen."""
+    return sum(any(call.status == "ok" for call in r.calls) for r in rollouts) / len(rollouts)
+
+
+def teacher_rollout(chat: Chat, example: Example, record: TeacherRecord, end_id: int) -> Rollout:
+    """A teacher's trajectory as the student's template would hold it; assistant tokens are marked as sampled."""
+    ids = chat.prompt_ids(example)
+    prompt_length = len(ids)
+    sampled = [False] * prompt_length
+    results: list[str] = []
+    for message in [*record.messages, {"role": "end", "content": ""}]:
+        if message["role"] == "tool":
+            results.append(message["content"])
+            continue
+        if results:
+            suffix = chat.result_ids(results)
+            ids, sampled, results = ids + suffix, sampled + [False] * len(suffix), []
+        if message["role"] == "assistant":
+            turn = chat.turn_ids(message["content"], end_id)
+            ids, sampled = ids + turn, sampled + [True] * len(turn)
+    return Rollout(
+        example_key=example.key,
+        group=0,
+        index=0,
+        ids=torch.tensor(ids),
+        sampled=torch.tensor(sampled),
+        behaviour_logp=torch.zeros(len(ids)),
+        prompt_length=prompt_length,
+        calls=record.calls,
+        turns=sum(m["role"] == "assistant" for m in record.messages),
+        answer=record.answer,
+        stop="answer",
+    )
+
+
+def sft_loss(student: Student, batch: Batch, backend: str | None = None) -> torch.Tensor:
+    """Mean negative logprob of the assistant's tokens, as this row's share of the whole step's."""
+    logp_N, _ = logprobs(student, batch, backend=backend)
+    return -logp_N.sum() / batch.global_tokens
+
+
+def cold_start(
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Sequence[Rollout],
+    config: Config,
+    start: int = 0,
+) -> Iterator[dict[str, float]]:
+    """Take `config.sft_steps` supervised steps over the teacher's rollouts, yielding each step's metrics.
+
+    Step k always sees the same records, so a run may be continued at any `start`.
+    """
+    for step in range(start, config.sft_steps):
+        chosen = [rollouts[(step * config.sft_batch + i) % len(rollouts)] for i in range(config.sft_batch)]
+        batches = pack(chosen, [0.0] * len(chosen), config.micro_tokens)
+        loss = 0.0
+        for batch in batches:
+            part = sft_loss(student, batch, config.kernel_backend)
+            part.backward()
+            loss += part.item()
+        lr = learning_rate(step, config.sft_steps, peak=config.sft_lr, warmup=3, schedule="cosine")
+        update = apply_gradients(optimizer, lr=lr, max_norm=config.max_grad_norm)
+        yield {
+            "step": step,
+            "phase": "sft",
+            "loss": loss,
+            "grad_norm": update.grad_norm,
+            "lr": lr,
+            "tokens/sampled": batches[0].global_tokens,
+        }
