@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from lite_mentor.config import Config
+from lite_mentor.errors import UserError
+from lite_mentor.types import Batch
 
 
 @dataclass(frozen=True)
@@ -51,3 +56,30 @@ def apply_gradients(optimizer: torch.optim.Optimizer, *, lr: float, max_norm: fl
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return Update(norm, finite)
+
+
+class Guard:
+    """Refuses updates that are not finite: keeps the batch that caused one, and ends the run at the third in a row."""
+
+    def __init__(self, out: Path):
+        self.out, self.in_a_row = out, 0
+
+    def passed(self) -> None:
+        """An update was applied."""
+        self.in_a_row = 0
+
+    def refused(self, step: int, batches: Sequence[Batch], why: str) -> None:
+        """Write the batches to refused-<step>.safetensors. Raises UserError after three in a row."""
+        self.in_a_row += 1
+        path = self.out / f"refused-{step:06d}.safetensors"
+        save_file({f"{i}.{name}": value for i, b in enumerate(batches) for name, value in _tensors(b)}, path)
+        if self.in_a_row == 3:
+            raise UserError(
+                f"Three updates in a row were refused, the last at step {step} because {why}; the weights are those "
+                f"before them, and the batch is in {path}. Lower --lr, or look for extreme rewards."
+            )
+
+
+def _tensors(batch: Batch) -> list[tuple[str, torch.Tensor]]:
+    values = [(f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch)]
+    return [(name, value) for name, value in values if isinstance(value, torch.Tensor)]

@@ -1,0 +1,160 @@
+"""A run, assembled: every room opened once, in the order of the data, and closed again.
+
+train.py is the algorithm; this is what it stands on. Nothing here decides what is learned.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lite_mentor import checkpoint
+from lite_mentor.assets import cache_folder
+from lite_mentor.config import Config
+from lite_mentor.engine import Engine, Sampling
+from lite_mentor.log import RunLog
+from lite_mentor.optim import make_optimizer
+from lite_mentor.prompt import Chat
+from lite_mentor.rollout import Limits, RunCall
+from lite_mentor.sandbox import Sandbox
+from lite_mentor.student import Student, load_student
+from lite_mentor.tasks import load_suite
+from lite_mentor.tasks.jsonl import read_tasks
+from lite_mentor.teacher import TeacherCache, open_cache
+from lite_mentor.tools import run_call
+from lite_mentor.types import Example
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run holds. The objects have state (weights, cache, files); the choice of them is fixed."""
+
+    config: Config
+    out: Path
+    log: RunLog
+    student: Student
+    chat: Chat
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    examples: tuple[Example, ...]
+    """The training examples in the order of this run's seed."""
+    by_key: Mapping[str, Example]
+    teacher: TeacherCache
+    run_call: RunCall
+    limits: Limits
+    sampling: Sampling
+
+    def take(self, step: int) -> list[Example]:
+        """The examples of an RL step: those after the cold start's, round and round."""
+        c = self.config
+        first = c.sft_steps * c.sft_batch + step * c.prompts_per_step
+        return [self.examples[(first + i) % len(self.examples)] for i in range(c.prompts_per_step)]
+
+    def refresh_rollouts(self) -> None:
+        """Bring the rollout weights up to date with the adapters."""
+        self.student.refresh_rollout_weights()
+        self.engine.weights_changed()
+
+    def save(self, step: int) -> Path:
+        """Write a checkpoint from which `step` is the next to be taken."""
+        optimizer, optimizer_state = checkpoint.pack_optimizer(self.optimizer)
+        rng, rng_state = checkpoint.rng_state()
+        return checkpoint.save(
+            self.out,
+            step,
+            tensors={"adapter": self.student.adapter_state(), "optimizer": optimizer, "rng": rng},
+            state={"step": step, "config": self.config.asdict(), "optimizer": optimizer_state, "rng": rng_state},
+            config_hash=self.config.hash(),
+            keep=2,
+        )
+
+    def restore(self) -> int | None:
+        """Load the newest sound checkpoint and return its step; None when the run has none yet."""
+        found, refused = checkpoint.load(self.out, config_hash=self.config.hash())
+        for reason in refused:
+            self.log.note(reason)
+        if found is None:
+            return None
+        self.student.load_adapter_state(found.tensors["adapter"])
+        checkpoint.unpack_optimizer(self.optimizer, found.tensors["optimizer"], found.state["optimizer"])
+        checkpoint.restore_rng(found.tensors["rng"], found.state["rng"])
+        self.log.rewind(found.step)
+        return found.step
+
+
+@contextmanager
+def prepare(config: Config) -> Iterator[Run]:
+    """Open every room of a run; on leaving, close what has processes or files."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = Path(config.resume or config.out or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    config = replace(config, device=device, out=str(out))
+    with ExitStack() as stack:
+        log = stack.enter_context(RunLog(out, config.asdict(), total_steps=config.steps, resume=bool(config.resume)))
+        stack.enter_context(checkpoint.lock(out))
+        examples = load_tasks(config, out)
+        teacher = open_teacher(config, log)
+        teacher.covers(examples)
+        student = load_student(
+            config.student,
+            quant=config.quant,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            device=device,
+            dtype=config.dtype,
+            seed=config.seed,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        log.note(student.describe())
+        sandbox = stack.enter_context(Sandbox())
+        random.Random(config.seed).shuffle(examples)
+        yield Run(
+            config=config,
+            out=out,
+            log=log,
+            student=student,
+            chat=Chat(student.tokenizer),
+            engine=Engine.of(student, slots=slots(config), context=config.max_prompt_tokens + config.max_new_tokens),
+            optimizer=make_optimizer(student.trainable(), config),
+            examples=tuple(examples),
+            by_key={example.key: example for example in examples},
+            teacher=teacher,
+            run_call=lambda raw, example: run_call(raw, example.tools, run_path=sandbox.call),
+            limits=Limits(config.max_turns, config.max_new_tokens, config.max_prompt_tokens),
+            sampling=Sampling(config.temperature, config.top_k, config.top_p),
+        )
+
+
+def slots(config: Config) -> int:
+    """Sequences that decode together: a step's rollouts, and enough to keep an evaluation busy."""
+    return max(32, min(config.rollouts_per_step, 128))
+
+
+def load_tasks(config: Config, out: Path) -> list[Example]:
+    """The training examples: a built-in suite, or the user's own file."""
+    if config.task.endswith((".jsonl", ".parquet")):
+        return read_tasks(Path(config.task), quarantine=out / "quarantine.jsonl")[: config.train_size]
+    return load_suite(config.task, split="train", size=config.train_size, seed=0, levels=config.levels)
+
+
+def open_teacher(config: Config, log: RunLog) -> TeacherCache:
+    """The cache that --teacher names; or the built-in tasks' own solutions, written by `lite_mentor.teach` if missing."""
+    if config.teacher:
+        return open_cache(Path(config.teacher))
+    levels = "-".join(map(str, config.levels))
+    folder = cache_folder() / "teachers" / f"{config.task}-{levels}-{config.train_size}"
+    if not (folder / "manifest.json").exists():
+        command = [sys.executable, "-m", "lite_mentor.teach", "--suite", config.task, "--source", "oracle"]
+        command += ["--size", str(config.train_size), "--levels", *map(str, config.levels), "--out", str(folder)]
+        log.note("filling the teacher's cache: " + " ".join(command[1:]))
+        subprocess.run(command, check=True)
+    return open_cache(folder)
