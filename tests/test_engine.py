@@ -1,0 +1,180 @@
+"""The engine's bookkeeping under a scripted model, and its sampling; exactness against a real model is test_exactness."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lite_mentor.engine import Engine, Sampling, common_prefix, sample
+
+EOS, V = 9, 10
+
+
+class Scripted:
+    """A model whose next token depends on the position alone; it records what it was asked to compute."""
+
+    def __init__(self, next_token: dict[int, int]):
+        self.next_token, self.computed = next_token, []
+
+    def forward(self, ids_1T, positions_1T, plan):
+        self.computed.append(ids_1T[0].tolist())
+        return F.one_hot(torch.tensor([self.next_token.get(p, 0) for p in positions_1T[0].tolist()]), V).float()
+
+    def head(self, hidden):
+        return hidden * 100
+
+
+def engine(model: Scripted, **kwargs) -> Engine:
+    shape = dict(layers=1, kv_heads=1, head_dim=2, eos_ids=[EOS], slots=4, context=20) | kwargs
+    out = Engine(model.forward, model.head, **shape)
+    out.sampling = Sampling(temperature=0)
+    return out
+
+
+def run(e: Engine) -> list:
+    done = []
+    while e.busy:
+        done += e.step()
+    return done
+
+
+def test_a_turn_ends_at_its_end_token_and_the_mask_is_written_as_it_goes():
+    e = engine(Scripted({1: 5, 2: 6, 3: EOS}))
+    s = e.submit([1, 2], [0.5] * 8)
+    assert run(e) == [s]
+    assert s.ids == [1, 2, 5, 6, EOS]
+    assert s.sampled == [False, False, True, True, True]
+    assert s.ended
+    assert s.logp == pytest.approx([0, 0, 0, 0, 0], abs=1e-5)
+
+
+def test_a_resumed_turn_computes_only_its_new_tokens():
+    model = Scripted({1: 5, 2: EOS, 3: 0, 4: 0, 5: 6, 6: EOS})
+    e = engine(model)
+    s = e.submit([1, 2], [0.5] * 10)
+    run(e)
+    model.computed.clear()
+    e.resume(s, [7, 7])
+    run(e)
+    assert s.ids == [1, 2, 5, EOS, 7, 7, 6, EOS]
+    assert s.sampled == [False, False, True, True, False, False, True, True]
+    assert model.computed == [[EOS, 7, 7], [6]]
+    assert s.turn_start == 6
+
+
+def test_a_group_shares_one_prefill_and_prompts_share_their_prefix():
+    model = Scripted(dict.fromkeys(range(20), EOS))
+    e = engine(model)
+    for prompt in ([1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 5]):
+        e.submit(prompt, [0.5])
+    run(e)
+    # The shared prefix once, then each distinct remainder once.
+    assert model.computed == [[1, 2], [3, 4, 5]]
+
+
+def test_the_prefix_is_kept_until_the_weights_change():
+    model = Scripted(dict.fromkeys(range(20), EOS))
+    e = engine(model)
+
+    def ask(prompts):
+        model.computed.clear()
+        for prompt in prompts:
+            e.submit(prompt, [0.5])
+        for s in run(e):
+            e.release(s)
+        return model.computed
+
+    assert ask([[1, 2, 3], [1, 2, 4]]) == [[1, 2], [3, 4]]
+    assert ask([[1, 2, 6]]) == [[6]]
+    e.weights_changed()
+    assert ask([[1, 2, 7], [1, 2, 8]]) == [[1, 2], [7, 8]]
+    assert ask([[4, 2]]) == [[4], [2]]
+
+
+def test_the_length_limit_pauses_a_sequence_without_its_end():
+    e = engine(Scripted(dict.fromkeys(range(20), 5)))
+    s = e.submit([1], [0.5] * 3)
+    assert run(e) == [s]
+    assert s.ids == [1, 5, 5, 5]
+    assert not s.ended
+    assert s.room == 0
+
+
+def test_more_sequences_than_slots_wait_and_all_finish():
+    e = engine(Scripted(dict.fromkeys(range(20), EOS)), slots=2)
+    sequences = [e.submit([1, i], [0.5] * 2) for i in range(5)]
+    done = []
+    while e.busy:
+        for s in e.step():
+            e.release(s)
+            done.append(s)
+    assert set(map(id, done)) == set(map(id, sequences))
+    assert all(s.ids == [1, i, EOS] for i, s in enumerate(sequences))
+    assert sorted(e.free) == [0, 1]
+
+
+def test_a_small_chunk_only_delays():
+    e = engine(Scripted(dict.fromkeys(range(20), EOS)), chunk=3)
+    sequences = [e.submit([i, i, i], [0.5]) for i in range(4)]
+    run(e)
+    assert [s.ids for s in sequences] == [[i, i, i, EOS] for i in range(4)]
+
+
+def test_misuse_is_refused():
+    e = engine(Scripted(dict.fromkeys(range(20), 5)))
+    with pytest.raises(ValueError, match="do not fit in 20"):
+        e.submit([1] * 15, [0.5] * 6)
+    with pytest.raises(ValueError, match="do not fit"):
+        e.submit([], [0.5])
+    s = e.submit([1], [0.5] * 3)
+    with pytest.raises(RuntimeError, match="weights changed while"):
+        e.weights_changed()
+    run(e)
+    with pytest.raises(ValueError, match="leave no room"):
+        e.resume(s, [1])
+
+
+def test_sampling_is_the_inverse_cdf():
+    logits = torch.log(torch.tensor([[0.5, 0.0, 0.3, 0.2]]))
+    draws = {0.0: 0, 0.49: 0, 0.51: 2, 0.79: 2, 0.81: 3, 1 - 1e-12: 3}
+    for uniform, token in draws.items():
+        ids, logp = sample(logits, torch.tensor([uniform], dtype=torch.float64), Sampling())
+        assert ids.item() == token
+        assert logp.item() == pytest.approx(math.log([0.5, 0, 0.3, 0.2][token]))
+
+
+def test_temperature_and_truncation_change_the_reported_logprob():
+    logits = torch.log(torch.tensor([[0.5, 0.1, 0.3, 0.1]]))
+    uniform = torch.tensor([0.6], dtype=torch.float64)
+    squares = [0.25, 0.01, 0.09, 0.01]
+    ids, logp = sample(logits, uniform, Sampling(temperature=0.5))
+    assert (ids.item(), logp.item()) == (0, pytest.approx(math.log(0.25 / sum(squares))))
+    ids, logp = sample(logits, uniform, Sampling(top_k=2))
+    assert (ids.item(), logp.item()) == (0, pytest.approx(math.log(0.5 / 0.8)))
+    ids, logp = sample(logits, torch.tensor([0.7], dtype=torch.float64), Sampling(top_p=0.79))
+    assert (ids.item(), logp.item()) == (2, pytest.approx(math.log(0.3 / 0.8)))
+    ids, logp = sample(logits, uniform, Sampling(temperature=0))
+    assert (ids.item(), logp.item()) == (0, pytest.approx(math.log(0.5)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_frequencies_follow_the_distribution(seed):
+    generator = torch.Generator().manual_seed(seed)
+    probabilities = torch.rand(1, 5, generator=generator).softmax(-1)
+    uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    ids, _ = sample(probabilities.log().expand(1000, -1), uniform, Sampling())
+    counted = torch.bincount(ids, minlength=5) / 1000
+    assert torch.allclose(counted, probabilities[0], atol=0.002)
+
+
+def test_common_prefix():
+    assert common_prefix([[1, 2, 3], [1, 2], [1, 2, 4]]) == [1, 2]
+    assert common_prefix([[1], [2]]) == []
+    assert common_prefix([[], [1]]) == []
+    assert common_prefix([[3, 4]]) == [3, 4]
