@@ -1,0 +1,354 @@
+"""Checkpoints that are whole or absent: written beside, hashed, fsynced, and renamed into place once.
+
+    <run>/checkpoints/step-000123/
+        <group>.safetensors   one file for each group of tensors: adapter, optimizer, rng, ...
+        state.json            everything that is not a tensor
+        MANIFEST.json         size and sha256 of each file, and of itself; written last
+
+Nothing is pickled: a checkpoint is bytes to be checked, never code to be run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lite_mentor.errors import UserError
+
+FORMAT = 1
+_STEP = re.compile(r"step-(\d{6,})")
+_FILE = re.compile(r"[a-z0-9_]+\.(safetensors|json)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save` was given, bit for bit."""
+
+    path: Path
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+class _Unsound(Exception):
+    """Why one checkpoint is refused."""
+
+
+def save(
+    root: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    config_hash: str,
+    keep: int,
+) -> Path:
+    """Write `checkpoints/step-<step>` of the run `root`, then drop all but the newest `keep` up to this step.
+
+    One rename makes the checkpoint appear: a kill at any moment leaves the older ones as they were. A step names ONE
+    state: a sound checkpoint of this step with the same tensors stays. Raises UserError when it cannot be written.
+    """
+    files = {f"{group}.safetensors": safetensors.torch.save(_owned(part)) for group, part in tensors.items()}
+    files["state.json"] = json.dumps(state, allow_nan=False).encode()
+    manifest = _manifest(step, files, config_hash)
+    folder = Path(root) / "checkpoints"
+    target = folder / f"step-{step:06d}"
+    temporary = folder / f".tmp-{step:06d}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        if target.exists() and _same_tensors(target, manifest):
+            return target
+        temporary.mkdir()
+        for name, content in files.items():
+            _write(temporary / name, content)
+        _write(temporary / "MANIFEST.json", _canonical(manifest))
+        _sync_folder(temporary)
+        if (
+            target.exists()
+        ):  # damaged, or of a history that was abandoned: moved aside, since a rename cannot replace it
+            target.rename(folder / f".tmp-replaced-{step:06d}")
+        temporary.rename(target)
+        _sync_folder(folder)
+        for old in [path for number, path in _steps(root) if number <= step][max(1, keep) :]:
+            old.rename(folder / f".tmp-pruned-{old.name}")  # so that no half-deleted folder is ever named step-*
+        _sweep(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"The checkpoint of step {step} could not be written to {folder} ({error.strerror or error}); "
+            f"the earlier ones are intact: free space or rights there, then continue with --resume {root}."
+        ) from error
+    return target
+
+
+def load(root: Path, *, config_hash: str) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of the run `root` whose every byte verifies, and a sentence for each newer one refused.
+
+    (None, []) when the run has none. Raises UserError when it has some but none is sound, and when the sound one was
+    written under settings with another hash.
+    """
+    refused: list[str] = []
+    for _, path in _steps(root):
+        try:
+            checkpoint, written_under = _read(path)
+        except _Unsound as error:
+            refused.append(f"{path} was refused: {error}.")
+            continue
+        if written_under != config_hash:
+            raise UserError(
+                f"{path} was written under other settings (hash {written_under}, now {config_hash}); "
+                "resume with the settings in the run's config.json, or start a new run with another --out."
+            )
+        return checkpoint, refused
+    if refused:
+        raise UserError(f"No checkpoint of {root} is sound, so it cannot be resumed: {' '.join(refused)}")
+    return None, []
+
+
+def _read(path: Path) -> tuple[Checkpoint, str]:
+    """Verify, then parse the very bytes that were verified."""
+    manifest = _read_manifest(path)
+    contents = {}
+    for name, entry in manifest["files"].items():
+        content = _bytes(path / name)
+        if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise _Unsound(f"{name} is not what was written (its size or sha256 differs)")
+        contents[name] = content
+    try:
+        tensors = {
+            name.removesuffix(".safetensors"): safetensors.torch.load(content)
+            for name, content in contents.items()
+            if name.endswith(".safetensors")
+        }
+        state = json.loads(contents["state.json"])
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise _Unsound(f"its files are hashed but cannot be parsed ({error})") from error
+    return Checkpoint(path, manifest["step"], tensors, state), manifest["config_hash"]
+
+
+def _read_manifest(path: Path) -> dict:
+    raw = _bytes(path / "MANIFEST.json")
+    try:
+        manifest = json.loads(raw)
+        # Equal to its own canonical form, and hashed over the rest: no flipped byte of it goes unnoticed.
+        if raw != _canonical(manifest) or manifest["sha256"] != _digest(manifest):
+            raise _Unsound("MANIFEST.json is not what was written (its sha256 differs)")
+        if manifest["format"] != FORMAT:
+            raise _Unsound(f"its format is {manifest['format']!r} and this version reads {FORMAT}")
+        if f"step-{manifest['step']:06d}" != path.name:
+            raise _Unsound(f"MANIFEST.json is that of step {manifest['step']}")
+        if not all(
+            _FILE.fullmatch(name) and {*entry} == {"size", "sha256"} for name, entry in manifest["files"].items()
+        ):
+            raise _Unsound("MANIFEST.json names files that no checkpoint has")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _Unsound("MANIFEST.json is not a manifest") from error
+    return manifest
+
+
+def _manifest(step: int, files: Mapping[str, bytes], config_hash: str) -> dict:
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "config_hash": config_hash,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "files": {
+            name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in files.items()
+        },
+    }
+    return {**manifest, "sha256": _digest(manifest)}
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical({k: v for k, v in manifest.items() if k != "sha256"})).hexdigest()
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
+
+
+def _same_tensors(path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Is the checkpoint at `path` sound, and are its tensors the ones of `manifest`?"""
+    try:
+        _read(path)
+    except _Unsound:
+        return False
+    mine, its = manifest["files"], _read_manifest(path)["files"]
+    return {n: f for n, f in mine.items() if n != "state.json"} == {n: f for n, f in its.items() if n != "state.json"}
+
+
+def _steps(root: Path) -> list[tuple[int, Path]]:
+    """The checkpoint folders of a run, newest first."""
+    folder = Path(root) / "checkpoints"
+    found = [(_STEP.fullmatch(p.name), p) for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def _sweep(folder: Path) -> None:
+    for stale in folder.glob(".tmp-*"):
+        shutil.rmtree(stale)
+
+
+def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and sharing no memory, as safetensors requires."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _Unsound(f"{path.name} cannot be read ({error.strerror or error})") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the names in a folder durable. Windows has no such call, and needs none after a rename."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
+    """The state of any torch optimizer as (tensors, JSON); 8-bit states and their maps are tensors like the others."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, dict] = {}
+    for index, parameter in enumerate(parameters):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            name = f"{index}.{key}"
+            if isinstance(value, Tensor):
+                tensors[name] = value
+                # AdamW keeps its counter on the CPU beside CUDA moments; paged states live on their parameter's GPU.
+                entries[name] = {"with_parameter": value.device == parameter.device or hasattr(value, "page_deviceid")}
+            else:
+                entries[name] = {"value": value}
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    shapes = [list(p.shape) for p in parameters]
+    return tensors, json.loads(json.dumps({"entries": entries, "groups": groups, "shapes": shapes}, allow_nan=False))
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Put back what `pack_optimizer` took. Unlike `load_state_dict`, no dtype is changed.
+
+    Raises UserError when the parameters are not those the state belongs to.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if [list(p.shape) for p in parameters] != state["shapes"] or len(state["groups"]) != len(optimizer.param_groups):
+        raise UserError(
+            "The checkpoint's optimizer belongs to an adapter of another shape; resume with the student and the "
+            "--lora-rank of the run's config.json."
+        )
+    optimizer.state.clear()
+    for name, entry in state["entries"].items():
+        index, key = name.split(".", 1)
+        parameter = parameters[int(index)]
+        if "value" in entry:
+            value = entry["value"]
+        else:
+            value = tensors[name].to(parameter.device if entry["with_parameter"] else "cpu", copy=True)
+        optimizer.state[parameter][key] = value
+    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
+        # JSON has no tuples; torch compares betas by value and bitsandbytes unpacks them, but a tuple stays a tuple.
+        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})
+
+
+def rng_state() -> tuple[dict[str, Tensor], dict]:
+    """Every global random generator of this process: torch's on the CPU and on the current GPU, Python's, NumPy's."""
+    tensors = {"torch_cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["torch_cuda"] = torch.cuda.get_rng_state()
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return tensors, {
+        "python": [version, list(words), gauss],
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+    }
+
+
+def restore_rng(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Put every generator back. Raises UserError when the checkpoint's GPU generator has no GPU here."""
+    if "torch_cuda" in tensors and not torch.cuda.is_available():
+        raise UserError("The checkpoint was written on a GPU, and none is visible here; resume it where one is.")
+    torch.set_rng_state(tensors["torch_cpu"])
+    if "torch_cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["torch_cuda"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Hold the run's folder for this process. Raises UserError, naming the holder's pid, when another process has it.
+
+    The kernel drops the lock when the process dies, however it dies; the file `.lock` stays and means nothing alone.
+    """
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a+", encoding="ascii", errors="replace")  # noqa: SIM115 - held until the block ends
+    except OSError as error:
+        raise UserError(f"The run's folder {out} cannot be used ({error.strerror}); choose another --out.") from error
+    with file:
+        try:
+            _lock_file(file)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read(20).strip() or "unknown"
+            raise UserError(
+                f"Another process (pid {holder}) is running in {out}; wait for it or stop it, or choose another --out."
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _lock_file(file) -> None:
+    """Take an exclusive lock or raise OSError at once.
+
+    lockf and not flock: a forked worker does not inherit it, so the lock cannot outlive a killed run. (In return, this
+    process must not open the file a second time: closing that would drop the lock.)
+    """
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(1 << 20)  # a byte far from the pid, which must stay readable to the process that is refused
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
