@@ -1,0 +1,82 @@
+"""Questions with tools: the built-in suites, and what every suite shares.
+
+`Example.meta` of the built-in suites holds
+
+    level     int, how many calls the known solution takes
+    template  str, which pattern the question was made from
+    steps     tuple of {"thought": str, "tool": str, "arguments": {...}}: the known solution, call by call. An argument
+              (or an item of a list argument) of the form "#2" stands for the result of step 2, counted from 1
+    final     str, a closing sentence in which "{answer}" stands where the boxed answer goes; may be just "{answer}"
+
+A suite is a pure function of (split, size, seed, levels): the same on every machine and every Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from lite_mentor.errors import UserError
+from lite_mentor.types import Example, ToolSpec
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SUITES = ("math", "tiny", "ood_tools", "ood_lookup", "gsm_symbolic")
+
+
+def load_suite(name: str, *, split: Split, size: int, seed: int, levels: Sequence[int] | None = None) -> list[Example]:
+    """`size` distinct examples of one split of a built-in suite, in a fixed random order.
+
+    `levels` keeps to these difficulties; those that the suite does not have are ignored, None means all.
+    Raises UserError for an unknown name or split, when no level is left, and when the suite has fewer examples.
+    """
+    if name not in SUITES:
+        raise UserError(f"There is no task suite {name!r}; the suites are {', '.join(SUITES)}.")
+    if split not in SPLITS:
+        raise UserError(f"There is no split {split!r} of {name}; the splits are {', '.join(SPLITS)}.")
+    module = importlib.import_module(f"lite_mentor.tasks.{name}")
+    kept = [level for level in module.LEVELS if levels is None or level in levels]
+    if not kept:
+        have = ", ".join(str(level) for level in module.LEVELS)
+        raise UserError(f"Suite {name} has none of the levels {tuple(levels or ())}; it has {have}.")
+    return module.generate(split, size=size, seed=seed, levels=kept)
+
+
+def split_of(template: str, numbers: Sequence[Any]) -> Split:
+    """The split that owns a template filled with these numbers: 80 % train, 10 % validation, 10 % test."""
+    text = "|".join([template, *(str(number) for number in numbers)])
+    share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return "train" if share < 0.8 else "validation" if share < 0.9 else "test"
+
+
+def make_example(
+    question: str,
+    answer: Sequence[str],
+    tools: Sequence[ToolSpec],
+    *,
+    suite: str,
+    checker: Literal["math", "text"] = "math",
+    **meta: Any,
+) -> Example:
+    """An Example with its content key, 64 bits of the SHA-256 of (question, answer, tool names)."""
+    content = json.dumps([question, list(answer), [tool.name for tool in tools]])
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return Example(key, question, tuple(answer), tuple(tools), checker, suite, meta)
+
+
+def resolve_arguments(arguments: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """Arguments with every "#k" replaced by the k-th result: as a number when its text is one, else as text."""
+    return {name: _resolve(value, results) for name, value in arguments.items()}
+
+
+def _resolve(value: Any, results: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_resolve(item, results) for item in value]
+    if not (isinstance(value, str) and re.fullmatch(r"#[1-9][0-9]*", value)):
+        return value
+    text = results[int(value[1:]) - 1]
+    return json.loads(text) if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", text) else text
