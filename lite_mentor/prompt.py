@@ -29,7 +29,7 @@ _SLOT_PATTERN = re.compile("\ue000([0-9]+)\ue001")
 _SYSTEM = (
     "You solve problems by calling tools. To call one, write "
     f'{CALL_OPEN}{{"name": ..., "arguments": {{...}}}}{CALL_CLOSE} and stop; its result comes back. '
-    "Give the final answer as \\boxed{{answer}}.\nTools:\n{tools}"
+    "Give the final answer as \\boxed{answer}.\nTools:\n"
 )
 _ASK_FOR_BOX = "\n\nUse the tools, then put the final answer in \\boxed{}."
 
@@ -66,7 +66,7 @@ class Chat:
             messages, slots = [_slot("user", 0)], [example.question + _ASK_FOR_BOX]
         else:
             tools = None
-            system = _SYSTEM.format(tools="\n".join(signature(tool) for tool in example.tools))
+            system = _SYSTEM + "\n".join(signature(tool) for tool in example.tools)
             messages, slots = [_slot("system", 0), _slot("user", 1)], [system, example.question]
         return self._encode(self._render(messages, tools=tools, generate=True), slots)
 

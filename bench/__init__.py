@@ -1,0 +1,1 @@
+"""Measurements: `python -m bench step` times the stages of a training step on this machine."""

@@ -1,0 +1,27 @@
+"""python -m bench step [--preset NAME] [any flag of train.py]"""
+
+from __future__ import annotations
+
+import sys
+
+from bench import step
+from lite_mentor.errors import UserError
+
+COMMANDS = {"step": step.main}
+
+
+def main(argv: list[str]) -> int:
+    """Run one bench; 2 and a sentence when it was asked for something that does not exist."""
+    if not argv or argv[0] not in COMMANDS:
+        print(f"usage: python -m bench {{{','.join(COMMANDS)}}} [flags]", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[argv[0]](argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
