@@ -35,7 +35,7 @@ _THREE_CALLS = (
     ), ("multiply price percent -> the price times the percentage", "divide #1 100 -> the discount",
         "subtract price #2 -> the new price"), {"device": ("sofa", "bicycle", "guitar", "stove", "telescope")}),
     Template("sticker_albums", {"packs": (23, 98), "each": (12, 36), "extra": (113, 489), "page": (17, 43)}, (
-        "{person} has {packs} packs of {each} stickers and {extra} loose ones, and fills pages with {page} stickers each. "
+        "{person} has {packs} packs of {each} stickers and {extra} loose ones, and fills pages of {page} stickers. "
         "How many stickers are left over?",
         "{packs} bundles of {each} cards and {extra} single cards are dealt into piles of {page}. "
         "How many cards remain?",

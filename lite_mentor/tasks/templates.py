@@ -40,6 +40,11 @@ class Template:
         """How many calls the solution takes."""
         return len(self.solution)
 
+    @property
+    def tool_names(self) -> tuple[str, ...]:
+        """The tools of the solution, in order."""
+        return tuple(line.split()[0] for line in self.solution)
+
 
 PEOPLE = (
     "Ada", "Amir", "Ana", "Ben", "Carla", "Chen", "Dario", "Elif", "Emma", "Farah", "George", "Hana", "Ivan", "Jamal",
@@ -114,7 +119,8 @@ def draw_numbers(random: Random, template: Template) -> Numbers:
 
 def _draw(random: Random, source: Any, numbers: Numbers) -> Any:
     if callable(source):
-        return source(numbers)
+        value = source(numbers)
+        return int(value) if isinstance(value, float) and value.is_integer() else value
     if isinstance(source, list):
         return random.choice(source)
     low, high, *places = source
