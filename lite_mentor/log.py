@@ -1,0 +1,208 @@
+"""What a run writes while it runs: its settings, and lines of JSON.
+
+    config.json      the settings that were used, every field
+    metrics.jsonl    one object a step
+    rollouts.jsonl   the best and the worst rollout of each group, as text, with every term
+    eval.jsonl       one object for each evaluation and suite
+
+A line is written whole or not at all, and a number that is not finite is written as null.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lite_mentor.display import Display
+from lite_mentor.errors import UserError
+from lite_mentor.types import Example, Rollout, Scored
+
+LINES = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
+
+
+class RunLog:
+    """The files and the display of one run; a context manager.
+
+    Raises UserError when `out` holds another run (unless `resume`), or when a line cannot be written.
+    """
+
+    def __init__(
+        self, out: Path, config: Mapping[str, Any], total_steps: int, quiet: bool = False, *, resume: bool = False
+    ) -> None:
+        self.out = Path(out)
+        with self._writing():
+            self.out.mkdir(parents=True, exist_ok=True)
+            taken = [name for name in ("config.json", *LINES, "checkpoints") if (self.out / name).exists()]
+            if taken and not resume:
+                raise UserError(
+                    f"{self.out} already holds a run ({taken[0]}); choose another --out, "
+                    f"or continue that run with --resume {self.out}."
+                )
+            temporary = self.out / "config.json.tmp"
+            temporary.write_bytes(_line(config, indent=1))
+            temporary.replace(self.out / "config.json")
+            self._files = {name: open(self.out / name, "ab", buffering=0) for name in LINES}  # noqa: SIM115
+        self._display = Display(config, total_steps, quiet)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Write and show one step. `metrics` has at least step (from 0) and phase ("sft" or "rl")."""
+        self._append("metrics.jsonl", metrics)
+        self._display.step(metrics)
+
+    def rollouts(
+        self,
+        step: int,
+        scored: Sequence[Scored],
+        examples: Mapping[str, Example],
+        decode: Callable[[list[int]], str],
+    ) -> None:
+        """Write the best and the worst rollout of each group; one line for a group in which all rewards are equal."""
+        by_group = itertools.groupby(sorted(scored, key=lambda s: s.rollout.group), key=lambda s: s.rollout.group)
+        for _, members in by_group:
+            ranked = sorted((s for s in members if s.reward is not None), key=lambda s: -s.reward)
+            ends = ranked[:1] + [s for s in ranked[-1:] if s.reward < ranked[0].reward]
+            for chosen in ends:
+                example, rollout = examples[chosen.rollout.example_key], chosen.rollout
+                row = {
+                    "step": step, "group": rollout.group, "index": rollout.index, "example_key": example.key,
+                    "question": example.question, "answer": list(example.answer), "stop": rollout.stop,
+                    "reward": chosen.reward, "advantage": chosen.advantage, "terms": dict(chosen.terms),
+                    "segments": segments(rollout, decode),
+                }  # fmt: skip
+                self._append("rollouts.jsonl", row)
+
+    def evaluation(self, step: int, name: str, suite: str, result: Mapping[str, Any]) -> None:
+        """Write and show the evaluation `name` (base, cold_start, final, ...) of one suite after `step` steps."""
+        self._append("eval.jsonl", {"step": step, "name": name, "suite": suite, **result})
+        self._display.evaluation(name, suite, result)
+
+    def note(self, text: str) -> None:
+        """Show a sentence about what the run is doing."""
+        self._display.note(text)
+
+    def position(self) -> dict[str, int]:
+        """How far each file of lines has been written, durably: to be kept in a checkpoint, for `rewind`."""
+        with self._writing():
+            for file in self._files.values():
+                os.fsync(file.fileno())
+            return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+
+    def rewind(self, position: Mapping[str, int]) -> None:
+        """Drop what was written after `position` (of the checkpoint that is resumed; {}: everything).
+
+        Steps that will be taken again are then not doubled, and neither is a line that a kill cut short.
+        """
+        with self._writing():
+            for name, file in self._files.items():
+                content = (self.out / name).read_bytes()[: position.get(name, 0)]
+                file.truncate(content.rfind(b"\n") + 1)
+        with open(self.out / "metrics.jsonl", encoding="utf-8") as lines:
+            self._display.history = [json.loads(line) for line in lines]
+
+    def close(self) -> None:
+        """Leave the last state of the display standing, and close the files."""
+        self._display.close()
+        for file in self._files.values():
+            file.close()
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        file, line = self._files[name], _line(row)
+        with self._writing():
+            before = os.fstat(file.fileno()).st_size
+            try:
+                written = file.write(line)
+                while written < len(line):  # a disk that fills up takes a part, and raises at the next write
+                    written += file.write(line[written:])
+            except OSError:
+                file.truncate(before)
+                raise
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"The run's folder {self.out} cannot be written ({error.strerror or error}); "
+                "make room or rights there, or choose another --out."
+            ) from error
+
+
+def segments(rollout: Rollout, decode: Callable[[list[int]], str]) -> list[dict]:
+    """The text after the prompt, cut where the student's own tokens and injected ones meet."""
+    ids, sampled = rollout.ids[rollout.prompt_length :].tolist(), rollout.sampled[rollout.prompt_length :].tolist()
+    runs = itertools.groupby(zip(ids, sampled, strict=True), key=lambda pair: pair[1])
+    return [{"sampled": own, "text": decode([token for token, _ in run])} for own, run in runs]
+
+
+class Stopwatch:
+    """Seconds by stage. Stages may nest (tools within rollout); on CUDA a stage ends when its kernels have."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._cuda = torch.device(device).type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to the stage `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._cuda:
+                torch.cuda.synchronize()
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def lap(self) -> dict[str, float]:
+        """`time/<stage>` and `time/step` since the last lap, in seconds; starts the next one."""
+        now = time.perf_counter()
+        out = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+        out["time/step"] = now - self._start
+        self._seconds, self._start = {}, now
+        return out
+
+
+def peak_memory_bytes(device: torch.device | str) -> int | None:
+    """The most memory so far: allocated by torch on CUDA, else resident in the process; None where unmeasurable."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _finite(value: Any) -> Any:
+    """The same value with None for each number that JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value
+
+
+def _line(row: Mapping[str, Any], indent: int | None = None) -> bytes:
+    # Half a surrogate pair, which a student can sample, has no UTF-8; backslashreplace turns it into JSON's own escape.
+    text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, indent=indent)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
