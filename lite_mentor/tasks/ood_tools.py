@@ -213,8 +213,8 @@ TEMPLATES = (
         "{a} roses, {b} tulips and {c} lilies go into equal bouquets with nothing left. How many bouquets at most?",
     ), ("gcd a b -> the greatest common divisor of the first two", "gcd #1 c -> the divisor of all three")),
     Template("lcm_of_three", {"a": (12, 45), "b": (12, 45), "c": (12, 45)}, (
-        "Three lamps flash every {a}, {b} and {c} seconds. They flash together now. In how many seconds will they do so "
-        "again?",
+        "Three lamps flash every {a}, {b} and {c} seconds. They flash together now. In how many seconds will they do "
+        "so again?",
         "What is the least common multiple of {a}, {b} and {c}?",
     ), ("lcm a b -> the common multiple of the first two", "lcm #1 c -> the multiple of all three")),
     Template("percent_of_max", {**_FIVE, "percent": (11, 89)}, (

@@ -56,7 +56,7 @@ DO = {
     "add": "add", "subtract": "subtract", "multiply": "multiply", "divide": "divide",
     "sum_numbers": "add up the numbers", "floor": "round down", "ceil": "round up", "round_number": "round",
     "power": "use a power", "sqrt": "take the square root", "abs_value": "take the absolute value",
-    "modulo": "take the remainder",
+    "modulo": "take the remainder", "search": "search",
 }  # fmt: skip
 """How a thought speaks of a tool; a tool that is not here is `use`d."""
 
@@ -150,7 +150,7 @@ def _fill(
         return None
     for index, step in enumerate(steps):
         what = step.pop("what").format_map(known)
-        step["thought"] = _thought(random, step["tool"], what, index, len(steps)) if thoughts else ""
+        step["thought"] = draw_thought(random, step["tool"], what, index, len(steps)) if thoughts else ""
     return make_example(
         question,
         [answer],
@@ -192,7 +192,8 @@ def _argument(token: str, known: Mapping[str, Any]) -> Any:
     return float(token) if re.fullmatch(r"-?\d+\.\d+", token) else token
 
 
-def _thought(random: Random, tool: str, what: str, index: int, count: int) -> str:
+def draw_thought(random: Random, tool: str, what: str, index: int, count: int) -> str:
+    """A sentence before call `index` of `count`, which finds `what`."""
     if count == 1:
         patterns = _ONLY
     elif index == 0:
