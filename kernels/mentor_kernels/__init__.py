@@ -1,0 +1,29 @@
+"""Fused operators for reinforcement learning of language models with a frozen head; usable on their own.
+
+    linear_logprob       hidden states and the head -> logprob and entropy of each target; no [N, V] tensor exists
+    policy_loss          logprobs -> GRPO-family loss, importance correction, KL, entropy bonus, metrics
+    linear_policy_loss   both in one
+    group_advantage      tool sets and answers -> composite reward and group-relative advantage
+
+`backend` is "torch", "triton" or None (the best one for the device). Start reading at kernels/README.md.
+"""
+
+from __future__ import annotations
+
+from mentor_kernels.group_advantage import STANDARD_TERMS, AdvantageOut, RewardConfig, group_advantage
+from mentor_kernels.linear_logprob import LogprobOut, linear_logprob
+from mentor_kernels.policy_loss import Normaliser, PolicyLossConfig, PolicyLossOut, linear_policy_loss, policy_loss
+
+__all__ = [
+    "STANDARD_TERMS",
+    "AdvantageOut",
+    "LogprobOut",
+    "Normaliser",
+    "PolicyLossConfig",
+    "PolicyLossOut",
+    "RewardConfig",
+    "group_advantage",
+    "linear_logprob",
+    "linear_policy_loss",
+    "policy_loss",
+]

@@ -1,0 +1,424 @@
+"""Policy-gradient losses on the logprobs of sampled tokens.
+
+Mathematics. N sampled tokens, token n of sequence q(n), which has len(q) of them; A advantage; every ratio is detached
+where sg[] says so.
+
+    rho  = exp(logp - old_logp)                              old_logp None means on-policy: rho = 1
+    grpo, dapo, dr_grpo   pg = -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A); with dual_clip, for A < 0,
+                          pg is at most -dual_clip A         (arXiv 2402.03300, 2503.14476, 2503.20783; 1912.09729)
+    gspo                  the same with the sequence's ratio s = exp(mean over the sequence of log rho), whose gradient
+                          reaches each token through sg[s] pi / sg[pi]; no dual clip               (arXiv 2507.18071)
+    cispo                 pg = -sg[min(rho, cispo_max)] A logp                                     (arXiv 2506.13585)
+    tis                   pg is multiplied by sg[min(b, tis_cap)], b = exp(old_logp - behaviour_logp), the part of the
+                          ratio that is due to the sampler and not to the update; masked: b where b <= tis_cap, else 0.
+                          Level sequence: b is the product over the sequence's tokens.
+    KL                    d = ref_logp - logp:  k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1
+
+    loss = sum over n of w_n (pg + beta KL - entropy_coef entropy)
+    w_n  = 1 / tokens                          dapo, cispo
+           1 / (len(q(n)) sequences)           grpo, gspo: mean of each sequence, then of the sequences
+           1 / (sequences max_new_tokens)      dr_grpo
+
+`tokens` and `sequences` count the whole optimizer step, so the losses of its micro-batches ADD to that of the whole.
+len(q) is counted here, so a micro-batch must hold all sampled tokens of each of its sequences, one after another.
+
+Exponents stop at EXPONENT_MAX in the ratios and in k3, so that no overflow turns a zero advantage into NaN.
+
+Bytes: a few vectors of N. All of it, d loss / d logp and the metrics included, is one pass: the backward only scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from mentor_kernels.backend import resolve_backend
+from mentor_kernels.linear_logprob import linear_logprob
+
+EXPONENT_MAX = 20.0
+Loss = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"]
+KL = Literal["k1", "k2", "k3"]
+TISMode = Literal["tis", "masked"]
+TISLevel = Literal["token", "sequence"]
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    """Which loss; the formulas are at the top of this file. Raises ValueError for a value that has no meaning."""
+
+    loss: Loss = "dapo"
+    clip_low: float = 0.2
+    """Ratios below 1 - clip_low are clipped (gspo: about 3e-4)."""
+    clip_high: float = 0.28
+    """Ratios above 1 + clip_high are clipped (gspo: about 4e-4)."""
+    dual_clip: float | None = 3.0
+    """With a negative advantage, ratios above this are clipped too; None never."""
+    cispo_max: float = 5.0
+    """Cap on cispo's ratio."""
+    kl: KL = "k3"
+    """Estimator of KL(policy || reference)."""
+    beta: float = 0.0
+    """Weight of the KL in the loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    tis_cap: float | None = 2.0
+    """Cap on the importance weight that corrects for the sampler; None: no correction."""
+    tis_mode: TISMode = "tis"
+    """Above the cap: `tis` uses the cap, `masked` drops the token (or the sequence)."""
+    tis_level: TISLevel = "token"
+    """One weight for each token, or one for each sequence."""
+    max_new_tokens: int | None = None
+    """Longest response; dr_grpo divides by it."""
+
+    def __post_init__(self):
+        choices = {"loss": Loss, "kl": KL, "tis_mode": TISMode, "tis_level": TISLevel}
+        for name, literal in choices.items():
+            if getattr(self, name) not in get_args(literal):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(literal))}, not {getattr(self, name)!r}")
+        if not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
+            raise ValueError(
+                f"clip_low must lie in [0, 1] and clip_high be >= 0, not {self.clip_low}, {self.clip_high}"
+            )
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip must exceed 1 or be None, not {self.dual_clip}")
+        if self.tis_cap is not None and not self.tis_cap > 0:
+            raise ValueError(f"tis_cap must be positive or None, not {self.tis_cap}")
+        if not self.cispo_max > 0:
+            raise ValueError(f"cispo_max must be positive, not {self.cispo_max}")
+        if self.loss == "dr_grpo" and not (self.max_new_tokens or 0) > 0:
+            raise ValueError("dr_grpo needs max_new_tokens, the longest response")
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """Counts over the WHOLE optimizer step, however many micro-batches it has."""
+
+    tokens: int
+    """Sampled tokens."""
+    sequences: int
+    """Sequences with at least one sampled token."""
+
+    def __post_init__(self):
+        if self.tokens < 0 or self.sequences < 0:
+            raise ValueError(f"counts cannot be negative: {self}")
+
+
+class PolicyLossOut(NamedTuple):
+    """`loss`, a float32 scalar, and `metrics`, detached float32 scalars.
+
+    Metrics whose name ends in `_max` combine over micro-batches by their maximum. All others ADD to what they are over
+    the whole step: `pg` to the policy term of the loss, the rest to a mean over the step's tokens.
+
+        pg                               policy term of the loss
+        kl                               KL estimate                               (only with ref_logp_N)
+        entropy                          entropy                                   (only with entropy_N)
+        clip_low, clip_high, clip_dual   share of tokens without a gradient, by the bound they hit (cispo: capped ratio)
+        ratio_mean, ratio_max            the ratio that the loss used
+        tis_mean, tis_capped             importance weight, share of tokens above the cap   (only with behaviour_logp_N
+                                                                                             and a tis_cap)
+        logp_gap_mean, logp_gap_max      |old_logp - behaviour_logp|               (only with behaviour_logp_N)
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+METRICS = (
+    "pg", "kl", "entropy", "clip_low", "clip_high", "clip_dual", "ratio_mean", "ratio_max",
+    "tis_mean", "tis_capped", "logp_gap_mean", "logp_gap_max",
+)  # fmt: skip
+
+
+# --- the torch backend: the readable reference ---------------------------------------------------------------------
+
+
+def _forward_torch(
+    logp_N: torch.Tensor,
+    old_logp_N: torch.Tensor | None,
+    advantage_N: torch.Tensor,
+    sequence_N: torch.Tensor,
+    ref_logp_N: torch.Tensor | None,
+    behaviour_logp_N: torch.Tensor | None,
+    entropy_N: torch.Tensor | None,
+    config: PolicyLossConfig,
+    normaliser: Normaliser,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, d loss / d logp [N], w [N], metrics in the order of METRICS)."""
+    old_logp_N = logp_N if old_logp_N is None else old_logp_N
+    _, local_N, length_S = torch.unique_consecutive(sequence_N, return_inverse=True, return_counts=True)
+    token_N = torch.full_like(logp_N, 1 / max(normaliser.tokens, 1))
+    w_N = _reduction_weights(config, normaliser, token_N, length_S[local_N])
+
+    ratio_N = _ratio(logp_N - old_logp_N, config, local_N, length_S)
+    pg_N, slope_N, low_N, high_N, dual_N = _policy_term(ratio_N, logp_N, advantage_N, config)
+    tis_N, capped_N = _sampler_correction(old_logp_N, behaviour_logp_N, config, local_N, length_S)
+    pg_N, slope_N = pg_N * tis_N, slope_N * tis_N
+    kl_N, kl_slope_N = _kl(logp_N, ref_logp_N, config.kl)
+    entropy_N = torch.zeros_like(logp_N) if entropy_N is None else entropy_N
+    gap_N = torch.zeros_like(logp_N) if behaviour_logp_N is None else (old_logp_N - behaviour_logp_N).abs()
+
+    pg = (w_N * pg_N).sum()
+    loss = pg + (w_N * (config.beta * kl_N - config.entropy_coef * entropy_N)).sum()
+    shares = (kl_N, entropy_N, low_N, high_N, dual_N, ratio_N, tis_N, capped_N, gap_N)
+    kl, entropy, low, high, dual, ratio, tis, capped, gap = (torch.stack(shares) * token_N).sum(1).unbind()
+    metrics = torch.stack([pg, kl, entropy, low, high, dual, ratio, _max(ratio_N), tis, capped, gap, _max(gap_N)])
+    return loss, w_N * (slope_N + config.beta * kl_slope_N), w_N, metrics
+
+
+def _reduction_weights(
+    config: PolicyLossConfig, normaliser: Normaliser, token_N: torch.Tensor, length_N: torch.Tensor
+) -> torch.Tensor:
+    if config.loss in ("dapo", "cispo"):
+        return token_N
+    sequences = max(normaliser.sequences, 1)
+    if config.loss == "dr_grpo":
+        return torch.full_like(token_N, 1 / (sequences * config.max_new_tokens))
+    return 1 / (length_N.to(token_N.dtype) * sequences)
+
+
+def _sequence_sums(values_N: torch.Tensor, local_N: torch.Tensor, length_S: torch.Tensor) -> torch.Tensor:
+    return values_N.new_zeros(length_S.shape[0]).index_add_(0, local_N, values_N)
+
+
+def _ratio(
+    log_ratio_N: torch.Tensor, config: PolicyLossConfig, local_N: torch.Tensor, length_S: torch.Tensor
+) -> torch.Tensor:
+    if config.loss == "gspo":
+        log_ratio_N = (_sequence_sums(log_ratio_N, local_N, length_S) / length_S)[local_N]
+    return log_ratio_N.clamp(max=EXPONENT_MAX).exp()
+
+
+def _policy_term(
+    ratio_N: torch.Tensor, logp_N: torch.Tensor, advantage_N: torch.Tensor, config: PolicyLossConfig
+) -> tuple[torch.Tensor, ...]:
+    """pg, d pg / d logp, and as 0 or 1: below the lower bound, above the upper, above the dual one."""
+    if config.loss == "cispo":
+        high_N = (ratio_N > config.cispo_max).to(logp_N.dtype)
+        slope_N = -ratio_N.clamp(max=config.cispo_max) * advantage_N
+        return slope_N * logp_N, slope_N, torch.zeros_like(high_N), high_N, torch.zeros_like(high_N)
+    up_N, down_N = advantage_N > 0, advantage_N < 0
+    low_N = down_N & (ratio_N < 1 - config.clip_low)
+    high_N = up_N & (ratio_N > 1 + config.clip_high)
+    dual = config.dual_clip if config.loss != "gspo" else None
+    dual_N = down_N & (ratio_N > dual) if dual is not None else torch.zeros_like(low_N)
+    effective_N = ratio_N.masked_fill(low_N, 1 - config.clip_low).masked_fill(high_N, 1 + config.clip_high)
+    if dual is not None:
+        effective_N = effective_N.masked_fill(dual_N, dual)
+    slope_N = (-ratio_N * advantage_N).masked_fill(low_N | high_N | dual_N, 0.0)
+    return -effective_N * advantage_N, slope_N, *(mask_N.to(logp_N.dtype) for mask_N in (low_N, high_N, dual_N))
+
+
+def _sampler_correction(
+    old_logp_N: torch.Tensor,
+    behaviour_logp_N: torch.Tensor | None,
+    config: PolicyLossConfig,
+    local_N: torch.Tensor,
+    length_S: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The importance weight of each token, and where the cap was exceeded (0 or 1)."""
+    if behaviour_logp_N is None or config.tis_cap is None:
+        return torch.ones_like(old_logp_N), torch.zeros_like(old_logp_N)
+    log_N = old_logp_N - behaviour_logp_N
+    if config.tis_level == "sequence":
+        log_N = _sequence_sums(log_N, local_N, length_S)[local_N]
+    weight_N = log_N.clamp(max=EXPONENT_MAX).exp()
+    above_N = weight_N > config.tis_cap
+    return weight_N.masked_fill(above_N, config.tis_cap if config.tis_mode == "tis" else 0.0), above_N.to(log_N.dtype)
+
+
+def _kl(logp_N: torch.Tensor, ref_logp_N: torch.Tensor | None, estimator: KL) -> tuple[torch.Tensor, torch.Tensor]:
+    """The estimate and its derivative by logp."""
+    if ref_logp_N is None:
+        return torch.zeros_like(logp_N), torch.zeros_like(logp_N)
+    d_N = ref_logp_N - logp_N
+    if estimator == "k1":
+        return -d_N, torch.ones_like(d_N)
+    if estimator == "k2":
+        return d_N.square() / 2, -d_N
+    less_one_N = d_N.clamp(max=EXPONENT_MAX).expm1()
+    return less_one_N - d_N, -less_one_N
+
+
+def _max(values_N: torch.Tensor) -> torch.Tensor:
+    """Maximum of values that are never negative; 0 of none."""
+    return values_N.max() if values_N.numel() else values_N.sum()
+
+
+# --- the operator that autograd and torch.compile see --------------------------------------------------------------
+
+
+@torch.library.custom_op("mentor_kernels::policy_loss", mutates_args=())
+def _policy_loss(
+    logp_N: torch.Tensor,
+    old_logp_N: torch.Tensor | None,
+    advantage_N: torch.Tensor,
+    sequence_N: torch.Tensor,
+    ref_logp_N: torch.Tensor | None,
+    behaviour_logp_N: torch.Tensor | None,
+    entropy_N: torch.Tensor | None,
+    loss: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    cispo_max: float,
+    kl: str,
+    beta: float,
+    entropy_coef: float,
+    tis_cap: float | None,
+    tis_mode: str,
+    tis_level: str,
+    max_new_tokens: int | None,
+    tokens: int,
+    sequences: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    config = PolicyLossConfig(
+        loss, clip_low, clip_high, dual_clip, cispo_max, kl, beta, entropy_coef, tis_cap, tis_mode, tis_level,
+        max_new_tokens,
+    )  # fmt: skip
+    return _forward_torch(
+        logp_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, entropy_N, config,
+        Normaliser(tokens, sequences),
+    )  # fmt: skip
+
+
+@_policy_loss.register_fake
+def _(logp_N, *_):
+    return logp_N.new_empty(()), torch.empty_like(logp_N), torch.empty_like(logp_N), logp_N.new_empty(len(METRICS))
+
+
+def _setup_context(ctx, inputs, output):
+    _, slope_N, w_N, metrics = output
+    ctx.entropy_coef = inputs[14]
+    ctx.mark_non_differentiable(slope_N, w_N, metrics)
+    ctx.save_for_backward(slope_N, w_N)
+
+
+def _backward(ctx, grad_loss, *_):
+    slope_N, w_N = ctx.saved_tensors
+    entropy = -ctx.entropy_coef * grad_loss * w_N if ctx.needs_input_grad[6] else None
+    return grad_loss * slope_N, *[None] * 5, entropy, *[None] * 15
+
+
+_policy_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --- the public functions ------------------------------------------------------------------------------------------
+
+
+def policy_loss(
+    logp_N: torch.Tensor,
+    old_logp_N: torch.Tensor | None,
+    advantage_N: torch.Tensor,
+    *,
+    sequence_N: torch.Tensor,
+    ref_logp_N: torch.Tensor | None = None,
+    behaviour_logp_N: torch.Tensor | None = None,
+    entropy_N: torch.Tensor | None = None,
+    config: PolicyLossConfig,
+    normaliser: Normaliser,
+    backend: str | None = None,
+) -> PolicyLossOut:
+    """This micro-batch's share of the step's loss, and its metrics. Formulas: at the top of this file.
+
+    All [N]: logprobs, advantages and entropies in logp_N's dtype (float32, or float64); sequence_N int64, the tokens of
+    one sequence next to each other and all of them here. Without `old_logp_N` the update is on-policy. Without
+    `behaviour_logp_N` there is no importance correction. gspo expects one advantage for all tokens of a sequence.
+
+    Differentiable in logp_N and entropy_N; everything else is a constant. N = 0 gives a loss of 0 that has a graph.
+    Raises ValueError for shapes, dtypes or devices that do not agree, for beta without ref_logp_N, for entropy_coef
+    without entropy_N, and for an unknown backend.
+    """
+    vectors = {
+        "old_logp_N": old_logp_N,
+        "advantage_N": advantage_N,
+        "ref_logp_N": ref_logp_N,
+        "behaviour_logp_N": behaviour_logp_N,
+        "entropy_N": entropy_N,
+    }
+    _check(logp_N, sequence_N, vectors)
+    if config.beta and ref_logp_N is None:
+        raise ValueError("beta is not 0, so ref_logp_N is needed")
+    if config.entropy_coef and entropy_N is None:
+        raise ValueError("entropy_coef is not 0, so entropy_N is needed")
+    loss, _, _, metrics = _policy_loss(
+        logp_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, entropy_N,
+        config.loss, config.clip_low, config.clip_high, config.dual_clip, config.cispo_max, config.kl, config.beta,
+        config.entropy_coef, config.tis_cap, config.tis_mode, config.tis_level, config.max_new_tokens,
+        normaliser.tokens, normaliser.sequences, resolve_backend(backend, logp_N.device),
+    )  # fmt: skip
+    unmeasured = set()
+    if ref_logp_N is None:
+        unmeasured |= {"kl"}
+    if entropy_N is None:
+        unmeasured |= {"entropy"}
+    if behaviour_logp_N is None:
+        unmeasured |= {"logp_gap_mean", "logp_gap_max"}
+    if behaviour_logp_N is None or config.tis_cap is None:
+        unmeasured |= {"tis_mean", "tis_capped"}
+    named = zip(METRICS, metrics.detach().unbind(), strict=True)
+    return PolicyLossOut(loss, {name: value for name, value in named if name not in unmeasured})
+
+
+def linear_policy_loss(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    old_logp_N: torch.Tensor | None,
+    advantage_N: torch.Tensor,
+    sequence_N: torch.Tensor,
+    ref_hidden_NH: torch.Tensor | None = None,
+    ref_logp_N: torch.Tensor | None = None,
+    behaviour_logp_N: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    config: PolicyLossConfig,
+    normaliser: Normaliser,
+    backend: str | None = None,
+) -> PolicyLossOut:
+    """`policy_loss` of `linear_logprob`: hidden states and a frozen head in, the loss out.
+
+    The reference comes as logprobs, or as its hidden states under the same head; not both. The gradient of the entropy
+    is computed only when config.entropy_coef is not 0. Otherwise as the two operators.
+    """
+    head = dict(temperature=temperature, softcap=softcap, scale=scale, backend=backend)
+    if ref_hidden_NH is not None:
+        if ref_logp_N is not None:
+            raise ValueError("give ref_hidden_NH or ref_logp_N, not both")
+        with torch.no_grad():
+            ref_logp_N = linear_logprob(ref_hidden_NH, weight_VH, targets_N, **head).logprob_N
+    logprob_N, entropy_N = linear_logprob(hidden_NH, weight_VH, targets_N, **head)
+    return policy_loss(
+        logprob_N,
+        old_logp_N,
+        advantage_N,
+        sequence_N=sequence_N,
+        ref_logp_N=ref_logp_N,
+        behaviour_logp_N=behaviour_logp_N,
+        entropy_N=entropy_N if config.entropy_coef else entropy_N.detach(),
+        config=config,
+        normaliser=normaliser,
+        backend=backend,
+    )
+
+
+def _check(logp_N: torch.Tensor, sequence_N: torch.Tensor, vectors: dict[str, torch.Tensor | None]) -> None:
+    if logp_N.dim() != 1 or logp_N.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"logp_N must be float32 [N], not {logp_N.dtype} {tuple(logp_N.shape)}")
+    if sequence_N.dtype != torch.int64 or sequence_N.shape != logp_N.shape or sequence_N.device != logp_N.device:
+        raise ValueError(
+            f"sequence_N must be int64 {tuple(logp_N.shape)} on {logp_N.device}, "
+            f"not {sequence_N.dtype} {tuple(sequence_N.shape)} on {sequence_N.device}"
+        )
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != logp_N.shape or vector.dtype != logp_N.dtype or vector.device != logp_N.device:
+            raise ValueError(
+                f"{name} must be {logp_N.dtype} {tuple(logp_N.shape)} on {logp_N.device} like logp_N, "
+                f"not {vector.dtype} {tuple(vector.shape)} on {vector.device}"
+            )
