@@ -1,0 +1,250 @@
+"""The user's own tasks, from a .jsonl or .parquet file. One row is one question, in one of two forms.
+
+Ours:
+
+    {"question": "What is 37 times 12?", "answer": "444", "tools": ["multiply", "my_tools:convert"]}
+
+    question  text
+    answer    text, a number, or a list of them: any one counts as right
+    tools     names of built-in calculators, or `module:function` of functions of yours with type hints and docstring
+    checker   optional, "math" or "text" (see types.Example); "math" when every answer is a number, else "text"
+    suite     optional, a name for the statistics; the file's name when absent
+
+A module named in `tools` is imported here, to read the function's signature; calls of it run in a worker process.
+
+The published MENTOR data: `question`, `reward_model.ground_truth`, `extra_info.func_schemas`, and optionally
+`tool_calls_used` and `data_source`. Rows whose functions are all among our calculators are read, others set aside;
+the code that such rows carry is never run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lite_mentor.errors import UserError
+from lite_mentor.tasks import make_example
+from lite_mentor.tools import calculator_tools, result_text, tool_spec
+from lite_mentor.types import Example, ToolSpec
+
+MAX_BAD_SHARE = 0.05
+_KEYS = {"question", "answer", "tools", "checker", "suite"}
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?", re.I)
+
+_log = logging.getLogger(__name__)
+
+
+class _BadRow(ValueError):
+    """This row is not a task; its text is the reason."""
+
+
+class _Unsupported(_BadRow):
+    """A sound row of the published data whose tools we do not have: set aside, but no fault of the file."""
+
+
+def read_tasks(path: str | Path, *, quarantine: Path) -> list[Example]:
+    """The examples of a file, in its order.
+
+    Rows that cannot be used go to the file `quarantine` as {"line", "reason", "row"}. Raises UserError when the file
+    cannot be read, when more than 5 % of its rows are bad, and when no example is left.
+    """
+    path = Path(path)
+    examples: dict[str, Example] = {}
+    rejected: list[dict[str, Any]] = []
+    total = bad = 0
+    for line, row in _rows(path):
+        total += 1
+        try:
+            example = _example(_parse(row), suite=path.stem)
+            if example.key in examples:
+                raise _BadRow("the same question, answer and tools occurred before")
+            examples[example.key] = example
+        except _BadRow as error:
+            bad += not isinstance(error, _Unsupported)
+            rejected.append({"line": line, "reason": str(error), "row": _text(row)[:500]})
+    if total == 0:
+        raise UserError(f"{path} holds no tasks; write one JSON object a line, as lite_mentor/tasks/jsonl.py shows.")
+    _write_quarantine(quarantine, rejected)
+    if rejected:
+        _log.warning("%s: %d of %d rows were set aside, see %s", path, len(rejected), total, quarantine)
+    if bad > MAX_BAD_SHARE * total or not examples:
+        first = rejected[0]
+        raise UserError(
+            f"{path}: {len(rejected)} of {total} rows cannot be used (line {first['line']}: {first['reason']}); "
+            f"put them right, all are listed in {quarantine}."
+        )
+    return list(examples.values())
+
+
+def _rows(path: Path) -> Iterator[tuple[int, bytes | Mapping[str, Any]]]:
+    """Line (or row) numbers from 1, with the raw line or the parquet row."""
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"{path}: tasks are read from .jsonl and .parquet files; rename or convert this one.")
+    if not path.is_file():
+        raise UserError(f"There is no file {path} to read tasks from; check the path given to --task.")
+    if path.suffix == ".parquet":
+        yield from enumerate(_parquet_rows(path), 1)
+        return
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{path} is a parquet file: install pyarrow to read it, or convert it to .jsonl.") from error
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}.") from error
+
+
+def _parse(row: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(row, bytes):
+        row = _json(row, "the line")
+    if not isinstance(row, dict):
+        raise _BadRow("the line is not a JSON object")
+    return row
+
+
+def _json(text: str | bytes, what: str) -> Any:
+    try:
+        data = json.loads(text)
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeError as error:
+        raise _BadRow(f"{what} is not valid UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise _BadRow(f"{what} is not valid JSON") from error
+    return data
+
+
+def _example(row: Mapping[str, Any], *, suite: str) -> Example:
+    question = row.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise _BadRow("`question` is missing, empty or not text")
+    if "reward_model" in row or "extra_info" in row:
+        return _published_example(row, suite)
+    unknown = sorted(set(row) - _KEYS)
+    if unknown:
+        raise _BadRow(f"unknown field `{unknown[0][:40]}`; the fields are {', '.join(sorted(_KEYS))}")
+    answers = _answers(row.get("answer"), "`answer`")
+    numeric = all(_NUMBER.fullmatch(answer) for answer in answers)
+    checker = row.get("checker") or ("math" if numeric else "text")
+    if checker not in ("math", "text"):
+        raise _BadRow('`checker` must be "math" or "text"')
+    suite = row.get("suite") or suite
+    if not isinstance(suite, str):
+        raise _BadRow("`suite` must be text")
+    return make_example(question, answers, _tools(row.get("tools")), suite=suite, checker=checker)
+
+
+def _answers(value: Any, name: str) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    answers = []
+    for item in values:
+        if isinstance(item, bool) or not isinstance(item, (str, int, float)) or item != item:
+            raise _BadRow(f"{name} must be text, a number, or a list of them")
+        answers.append(item.strip() if isinstance(item, str) else result_text(item))
+    if not answers or not all(answers):
+        raise _BadRow(f"{name} is missing or empty")
+    return answers
+
+
+def _tools(names: Any) -> list[ToolSpec]:
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise _BadRow("`tools` must be a list of tool names, and not empty")
+    tools = [_user_tool(name) if ":" in name else _calculator(name) for name in names]
+    if len({tool.name for tool in tools}) < len(tools):
+        raise _BadRow("two of the `tools` have the same name")
+    return tools
+
+
+def _calculator(name: str) -> ToolSpec:
+    for tool in calculator_tools():
+        if tool.name == name:
+            return tool
+    known = ", ".join(tool.name for tool in calculator_tools())
+    raise _BadRow(f"there is no built-in tool {name[:40]!r}; use module:function, or one of {known}")
+
+
+@functools.cache
+def _user_tool(path: str) -> ToolSpec:
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise _BadRow(f"the tool {path} cannot be imported ({error}); is its folder on PYTHONPATH?") from error
+    if not callable(function):
+        raise _BadRow(f"the tool {path} is not a function")
+    try:
+        return tool_spec(function, path=path)
+    except UserError as error:
+        raise _BadRow(str(error).rstrip(".")) from error
+
+
+def _published_example(row: Mapping[str, Any], suite: str) -> Example:
+    truth = _field(row, "reward_model", "ground_truth")
+    answers = _answers(list(truth) if isinstance(truth, (list, tuple)) else truth, "`reward_model.ground_truth`")
+    names = _schema_names(_field(row, "extra_info", "func_schemas"))
+    ours = {tool.name: tool for tool in calculator_tools()}
+    missing = [name for name in names if name not in ours]
+    if missing:
+        raise _Unsupported(f"its tool {missing[0][:40]!r} is none of the calculators")
+    used = row.get("tool_calls_used")
+    source = row.get("data_source")
+    return make_example(
+        row["question"],
+        answers,
+        [ours[name] for name in dict.fromkeys(names)],
+        suite=source if isinstance(source, str) and source else suite,
+        tool_calls_used=tuple(used) if isinstance(used, list) else (),
+    )
+
+
+def _field(row: Mapping[str, Any], outer: str, inner: str) -> Any:
+    group = row.get(outer)
+    if isinstance(group, str):
+        group = _json(group, f"`{outer}`")
+    if not isinstance(group, dict) or group.get(inner) is None:
+        raise _BadRow(f"`{outer}.{inner}` is missing")
+    return group[inner]
+
+
+def _schema_names(schemas: Any) -> Sequence[str]:
+    """Function names of OpenAI-style schemas, given as objects or as JSON text."""
+    schemas = _json(schemas, "`extra_info.func_schemas`") if isinstance(schemas, str) else schemas
+    names = []
+    for schema in schemas if isinstance(schemas, list) else [schemas]:
+        schema = _json(schema, "a schema") if isinstance(schema, str) else schema
+        inner = schema.get("function", schema) if isinstance(schema, dict) else None
+        name = inner.get("name") if isinstance(inner, dict) else None
+        if not isinstance(name, str):
+            raise _BadRow("`extra_info.func_schemas` holds something that is not a function schema")
+        names.append(name)
+    if not names:
+        raise _BadRow("`extra_info.func_schemas` is empty")
+    return names
+
+
+def _text(row: bytes | Mapping[str, Any]) -> str:
+    return row.decode("utf-8", "replace") if isinstance(row, bytes) else json.dumps(row, default=str)
+
+
+def _write_quarantine(quarantine: Path, rejected: Sequence[Mapping[str, Any]]) -> None:
+    if not rejected:
+        quarantine.unlink(missing_ok=True)
+        return
+    quarantine.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(item) + "\n" for item in rejected)
+    quarantine.write_text(text, encoding="utf-8")
