@@ -23,6 +23,7 @@ import functools
 import importlib
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any
 
 from lite_mentor.errors import UserError
 from lite_mentor.tasks import make_example
-from lite_mentor.tools import calculator_tools, result_text, tool_spec
+from lite_mentor.tools import calculator_tools, tool_spec
 from lite_mentor.types import Example, ToolSpec
 
 MAX_BAD_SHARE = 0.05
@@ -153,10 +154,10 @@ def _answers(value: Any, name: str) -> list[str]:
     values = value if isinstance(value, list) else [value]
     answers = []
     for item in values:
-        if isinstance(item, bool) or not isinstance(item, (str, int, float)) or item != item:
+        if isinstance(item, bool) or not isinstance(item, (str, int, float)) or item in (math.inf, -math.inf):
             raise _BadRow(f"{name} must be text, a number, or a list of them")
-        answers.append(item.strip() if isinstance(item, str) else result_text(item))
-    if not answers or not all(answers):
+        answers.append(str(item).strip())
+    if not answers or not all(answers) or "nan" in answers:
         raise _BadRow(f"{name} is missing or empty")
     return answers
 
