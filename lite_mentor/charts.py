@@ -104,9 +104,10 @@ class _Frame:
             y = self.y(tick)
             out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             out.append(f'<text x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{_number(tick)}</text>')
-        stride = max(1, math.ceil(len(self.steps) / 8))
-        for i in range(0, len(self.steps), stride):
-            out.append(f'<text x="{self.x(i):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{self.steps[i]}</text>')
+        stride = max(1, round(_stride((self.steps[-1] - self.steps[0]) / 6))) if len(self.steps) > 6 else 1
+        for i, step in enumerate(self.steps):
+            if step % stride == 0:
+                out.append(f'<text x="{self.x(i):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{step}</text>')
         return "".join(out)
 
 
@@ -135,10 +136,12 @@ def _thin(steps: Sequence[int], series: Series) -> tuple[list[int], dict[str, li
 
 
 def _moving_average(values: Sequence[float | None], window: int) -> list[float | None]:
-    """The mean of up to `window` values on either side and the value itself; None stays None."""
-    return [
-        None if value is None else _mean(values[max(0, i - window) : i + window + 1]) for i, value in enumerate(values)
-    ]
+    """The mean of a value and up to `window` on either side, as many on both, so that the ends stay where they are."""
+    out = []
+    for i, value in enumerate(values):
+        reach = min(window, i, len(values) - 1 - i)
+        out.append(None if value is None else _mean(values[i - reach : i + reach + 1]))
+    return out
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -148,11 +151,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers that span the values; the ends lie at or outside low and high."""
-    rough = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    stride = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
+    stride = _stride((high - low) / 4)
     first, last = math.floor(low / stride + 1e-9), math.ceil(high / stride - 1e-9)
     return [round(i * stride, 12) for i in range(first, last + 1)]
+
+
+def _stride(rough: float) -> float:
+    """The next round number: 1, 2, 2.5 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
 
 
 def _number(value: float) -> str:

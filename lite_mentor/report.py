@@ -165,12 +165,12 @@ def _change(rows: Sequence[Mapping[str, Any]]) -> str:
     if difference is None:
         return f"{suite}: from {start} to {result}, on different examples, so the two cannot be paired."
     change, low, high = difference
-    paired = f"{_points(change)} on the same {after['n']} examples (95 %: {_points(low)} to {_points(high)})"
+    paired = f"{_points(change)} points on the same {after['n']} examples (95 %: {_points(low)} to {_points(high)})"
     if low > 0:
         return f"{suite}: up from {start} to {result}: {paired}."
     if high < 0:
         return f"{suite}: down from {start} to {result}: {paired}."
-    return f"{suite}: {start} before, {result} after: no difference that {after['n']} examples can show, {paired}."
+    return f"{suite}: no clear change, from {start} to {result}: {paired}."
 
 
 def accuracy_table(files: RunFiles) -> str:
@@ -313,8 +313,9 @@ def _transcript(title: str, row: Mapping[str, Any], *, opened: bool) -> str:
     answer = " or ".join(str(a) for a in row["answer"])
     return (
         f"<details{' open' if opened else ''}><summary><b>{escape(title)}</b>"
-        f"<span class=chip><b>reward {row['reward']:.2f}</b></span>{terms}<span class=chip>{escape(row['stop'])}</span>"
-        f"</summary><p class=question>{escape(row['question'])}</p><p class=note>Right answer: {escape(answer)}</p>"
+        f"<span class=chip><b>reward {row['reward']:.2f}</b></span>{terms}"
+        f"<span class=chip>ended by {escape(row['stop'])}</span></summary>"
+        f"<p class=question>{escape(row['question'])}</p><p class=note>Right answer: {escape(answer)}</p>"
         f"<pre>{''.join(body)}</pre></details>"
     )
 

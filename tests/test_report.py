@@ -122,9 +122,9 @@ def test_the_findings_are_stated_first(page):
     assert "quick · smollm2-135m" in page.text
     lead = "40 of 40 steps of reinforcement learning after 12 supervised steps on the teacher's records, in 10 min."
     assert page.text.index(lead) < page.text.index("Accuracy"), "40 x 13.5 s + 12 x 3 s = 576 s"
-    assert "validation: up from 10.0 % (6.6 to 14.9) to 40.0 % (33.5 to 46.9): +30.0 on the same 200" in page.text
-    # 2 of 100 lost and 2 won: nothing that 100 examples can show.
-    assert "ood_tools: 30.0 % (21.9 to 39.6) before, 30.0 % (21.9 to 39.6) after: no difference that 100" in page.text
+    assert "validation: up from 10.0 % (6.6 to 14.9) to 40.0 % (33.5 to 46.9): +30.0 points on the" in page.text
+    # 2 of 100 lost and 2 won.
+    assert "ood_tools: no clear change, from 30.0 % (21.9 to 39.6) to 30.0 % (21.9 to 39.6): +0.0 points" in page.text
 
 
 def test_the_tables(page):
@@ -165,7 +165,7 @@ def test_the_page_needs_no_network(page):
 def test_transcripts_tell_the_student_from_the_tools(page):
     assert page.text.index("Step 40, best") < page.text.index("Step 40, worst") < page.text.index("Step 1, best")
     assert "reward 1.10" in page.text
-    assert "correct 1.00align -answer" in page.text
+    assert "correct 1.00align -ended by answer" in page.text
     assert "Right answer: 3 or three" in page.text
     kinds = [a["class"] for t, a in page.tags if t == "span" and a.get("class") in ("own", "injected")]
     assert kinds == ["own", "injected"] + ["own", "injected", "own"] * 4
@@ -313,6 +313,11 @@ def test_chart_geometry():
     assert [frame.x(i) for i in range(4)] == [96.5, 197.5, 298.5, 399.5]
     assert (frame.y(0.0), frame.y(1.0)) == (196.0, 10.0)
     assert frame.path([0.0, 1.0, None, 1.0]) == "M96.5 196.0h0L197.5 10.0M399.5 10.0h0"
+
+
+def test_the_moving_average_keeps_both_ends_and_gaps():
+    assert charts._moving_average([0.0, 3.0, 6.0, 0.0, 9.0], 1) == [0.0, 3.0, 3.0, 5.0, 9.0]
+    assert charts._moving_average([4.0, 1.0, None, 3.0, 8.0, 6.0], 2) == [4.0, 2.5, None, 4.5, 17 / 3, 6.0]
 
 
 def test_long_runs_are_averaged():
