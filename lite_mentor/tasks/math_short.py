@@ -65,7 +65,7 @@ _ONE_CALL = (
         "A call lasts {time} minutes and every started minute is charged. How many minutes are charged?",
         "A job takes {time} {unit}. Rounded up to whole {unit}, how long does it take?",
     ), ("ceil time -> the rounded time",), {"unit": ("minutes", "hours", "seconds")}),
-    Template("rounding", {"value": (12.0113, 987.9887, 4), "digits": [1, 2]}, (
+    Template("rounding", {"value": (12.0113, 987.9887, 4), "digits": [2, 3]}, (
         "A sensor reports {value} {unit}. What is that rounded to {digits} decimals?",
         "Round {value} {unit} to {digits} decimals.",
         "{person} has to write {value} {unit} with {digits} decimals. Which number is it after rounding?",
@@ -129,7 +129,7 @@ _TWO_CALLS = (
         "A square {field} covers {area} square metres. How long is its side in metres, rounded to 2 decimals?",
         "Find the side of a square {field} with an area of {area} square metres, rounded to 2 decimals.",
     ), ("sqrt area -> the side", "round_number #1 2 -> the rounded side"), {"field": _FIELDS}),
-    Template("temperatures", {"first": (-189.9, -12.1, 1), "second": (11.1, 187.9, 1)}, (
+    Template("temperatures", {"first": (-49.9, -2.1, 1), "second": (2.1, 49.9, 1)}, (
         "One probe shows {first} degrees and another {second} degrees. By how many degrees do they differ?",
         "The temperature was {first} degrees in the morning and {second} degrees at noon. "
         "What is the absolute difference in degrees?",

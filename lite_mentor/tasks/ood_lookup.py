@@ -43,6 +43,9 @@ _TEXTS = {
     "novel": "{name} is a novel about {topic}, published in {published} by {author}.",
 }
 
+_SAY = {"year": "year of birth", "job": "profession", "base": "home town", "published": "year of publication"}
+"""How a thought speaks of an attribute whose name says too little."""
+
 # (template, kind, question, hops): a hop is (query, attribute), and "{0}" is what the hop before it found.
 _QUESTIONS = (
     ("inhabitants", "town", "How many inhabitants does {name} have?", ("inhabitants of {0}", "inhabitants")),
@@ -187,7 +190,7 @@ def _example(random: Random, template: str, name: str, question: str, hops: Sequ
     steps, found = [], name
     for index, (query, attribute) in enumerate(hops):
         arguments = {"query": query.format(found)}
-        thought = draw_thought(random, "search", f"the {attribute} of {found}", index, len(hops))
+        thought = draw_thought(random, "search", f"the {_SAY.get(attribute, attribute)} of {found}", index, len(hops))
         found = _fact(found, attribute)
         if found not in search(**arguments):
             raise RuntimeError(f"the search for {arguments['query']!r} does not find {found}")
