@@ -105,9 +105,12 @@ class _Frame:
             out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             out.append(f'<text x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{_number(tick)}</text>')
         stride = max(1, round(_stride((self.steps[-1] - self.steps[0]) / 6))) if len(self.steps) > 6 else 1
+        passed = (self.steps[0] - 1) // stride
         for i, step in enumerate(self.steps):
-            if step % stride == 0:
-                out.append(f'<text x="{self.x(i):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{step}</text>')
+            if step // stride > passed:  # a thinned run may step over the round number itself
+                passed = step // stride
+                x, y = self.x(i), HEIGHT - 7
+                out.append(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{passed * stride}</text>')
         return "".join(out)
 
 

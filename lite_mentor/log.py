@@ -1,4 +1,4 @@
-"""What a run writes while it runs: its settings, and lines of JSON.
+"""What a run writes while it runs, and how it is read back: its settings, and lines of JSON.
 
     config.json      the settings that were used, every field
     metrics.jsonl    one object a step
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,108 @@ def segments(rollout: Rollout, decode: Callable[[list[int]], str]) -> list[dict]
     return [{"sampled": own, "text": decode([token for token, _ in run])} for own, run in runs]
 
 
+def _finite(value: Any) -> Any:
+    """The same value with None for each number that JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value
+
+
+def _line(row: Mapping[str, Any], indent: int | None = None) -> bytes:
+    # Half a surrogate pair, which a student can sample, has no UTF-8; backslashreplace turns it into JSON's own escape.
+    text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, indent=indent)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run's files, read and checked."""
+
+    config: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Mapping[str, Any]]
+    rollouts: Sequence[Mapping[str, Any]]
+    date: str
+    """When the last metrics were written, in local time."""
+
+
+def read_run(run: Path) -> RunFiles:
+    """Read what `RunLog` wrote. A last line that a kill cut short is left out; any other damage is a UserError."""
+    return RunFiles(
+        config=_parse(run / "config.json", _text(run / "config.json"), {}),
+        metrics=_rows(run / "metrics.jsonl", _METRICS),
+        evaluations=_rows(run / "eval.jsonl", _EVALUATION),
+        rollouts=_rows(run / "rollouts.jsonl", _ROLLOUT),
+        date=time.strftime("%Y-%m-%d %H:%M", time.localtime((run / "metrics.jsonl").stat().st_mtime)),
+    )
+
+
+def _rows(path: Path, fields: Fields) -> list[dict]:
+    lines = _text(path).split("\n")
+    return [_parse(f"{path}, line {i}", line, fields) for i, line in enumerate(lines[:-1], 1)]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); give the folder of a run, which holds config.json, "
+            "metrics.jsonl, eval.jsonl and rollouts.jsonl."
+        ) from error
+
+
+def _parse(where: Path | str, text: str, fields: Fields) -> dict:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is damaged (not JSON: {error}); restore it, or delete the line.") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is damaged (not an object); restore it, or delete the line.")
+    wrong = [name for name, fits in fields.items() if not fits(row.get(name))]
+    if wrong:
+        raise UserError(f"{where} is damaged (see {', '.join(wrong)}); restore it, or delete the line.")
+    return row
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_number(value: Any) -> bool:
+    """Is this a finite number? (An integer of JSON may exceed what a float can hold.)"""
+    return isinstance(value, (int, float)) and abs(value) < 1e300
+
+
+def _is_list(of: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and length in (None, len(value)) and all(map(of, value))
+
+
+def _is_terms(value: Any) -> bool:
+    return isinstance(value, dict) and all(v is None or is_number(v) for v in value.values())
+
+
+def _is_segment(value: Any) -> bool:
+    return isinstance(value, dict) and _is_text(value.get("text")) and isinstance(value.get("sampled"), bool)
+
+
+Fields = Mapping[str, Callable[[Any], bool]]
+"""What a reader needs of a line, and how to know that it is sound."""
+_METRICS: Fields = {"step": is_number, "phase": _is_text}
+_EVALUATION: Fields = {
+    "step": is_number, "name": _is_text, "suite": _is_text, "n": is_number, "accuracy": is_number,
+    "ci95": _is_list(is_number, 2), "correct": _is_list(is_number), "keys": _is_list(_is_text),
+}  # fmt: skip
+_ROLLOUT: Fields = {
+    "step": is_number, "reward": is_number, "terms": _is_terms, "question": _is_text, "answer": _is_list(_is_text),
+    "stop": _is_text, "segments": _is_list(_is_segment),
+}  # fmt: skip
+
+
 class Stopwatch:
     """Seconds by stage. Stages may nest (tools within rollout); on CUDA a stage ends when its kernels have."""
 
@@ -189,20 +292,3 @@ def peak_memory_bytes(device: torch.device | str) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _finite(value: Any) -> Any:
-    """The same value with None for each number that JSON cannot hold."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return value
-
-
-def _line(row: Mapping[str, Any], indent: int | None = None) -> bytes:
-    # Half a surrogate pair, which a student can sample, has no UTF-8; backslashreplace turns it into JSON's own escape.
-    text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, indent=indent)
-    return text.encode("utf-8", "backslashreplace") + b"\n"

@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lite_mentor.charts import interval, line_chart, stacked_chart
 from lite_mentor.errors import UserError
+from lite_mentor.log import RunFiles, is_number, read_run
 from lite_mentor.page import escape, render
 from lite_mentor.statistics import paired_bootstrap
 from lite_mentor.types import CALL_STATUSES, STOP_REASONS
@@ -33,51 +31,6 @@ _STATISTICS = {
     "truncated": ("episodes cut off", "{:.0%}"),
     "tokens/mean_sampled": ("sampled tokens per episode", "{:.0f}"),
 }
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _is_list(of: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and length in (None, len(value)) and all(map(of, value))
-
-
-def _is_terms(value: Any) -> bool:
-    return isinstance(value, dict) and all(v is None or _is_number(v) for v in value.values())
-
-
-def _is_segment(value: Any) -> bool:
-    return isinstance(value, dict) and _is_text(value.get("text")) and isinstance(value.get("sampled"), bool)
-
-
-Fields = Mapping[str, Callable[[Any], bool]]
-"""What the report needs of a line, and how to know that it is sound."""
-_METRICS: Fields = {"step": _is_number, "phase": _is_text}
-_EVALUATION: Fields = {
-    "step": _is_number, "name": _is_text, "suite": _is_text, "n": _is_number, "accuracy": _is_number,
-    "ci95": _is_list(_is_number, 2), "correct": _is_list(_is_number), "keys": _is_list(_is_text),
-}  # fmt: skip
-_ROLLOUT: Fields = {
-    "step": _is_number, "reward": _is_number, "terms": _is_terms, "question": _is_text, "answer": _is_list(_is_text),
-    "stop": _is_text, "segments": _is_list(_is_segment),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """A run's files, read and checked."""
-
-    config: Mapping[str, Any]
-    metrics: Sequence[Mapping[str, Any]]
-    evaluations: Sequence[Mapping[str, Any]]
-    rollouts: Sequence[Mapping[str, Any]]
-    date: str
-    """When the last metrics were written, in local time."""
 
 
 def write_report(run: Path) -> Path:
@@ -98,45 +51,6 @@ def write_report(run: Path) -> Path:
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}); make room or rights there.") from error
     return target
-
-
-def read_run(run: Path) -> RunFiles:
-    """Read what `log.RunLog` wrote. A last line that a kill cut short is left out; any other damage is a UserError."""
-    return RunFiles(
-        config=_parse(run / "config.json", _text(run / "config.json"), {}),
-        metrics=_rows(run / "metrics.jsonl", _METRICS),
-        evaluations=_rows(run / "eval.jsonl", _EVALUATION),
-        rollouts=_rows(run / "rollouts.jsonl", _ROLLOUT),
-        date=time.strftime("%Y-%m-%d %H:%M", time.localtime((run / "metrics.jsonl").stat().st_mtime)),
-    )
-
-
-def _rows(path: Path, fields: Fields) -> list[dict]:
-    lines = _text(path).split("\n")
-    return [_parse(f"{path}, line {i}", line, fields) for i, line in enumerate(lines[:-1], 1)]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8", "replace")
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); give the folder of a run, which holds config.json, "
-            "metrics.jsonl, eval.jsonl and rollouts.jsonl."
-        ) from error
-
-
-def _parse(where: Path | str, text: str, fields: Fields) -> dict:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is damaged (not JSON: {error}); restore it, or delete the line.") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is damaged (not an object); restore it, or delete the line.")
-    wrong = [name for name, fits in fields.items() if not fits(row.get(name))]
-    if wrong:
-        raise UserError(f"{where} is damaged (see {', '.join(wrong)}); restore it, or delete the line.")
-    return row
 
 
 def summary(files: RunFiles) -> str:
@@ -165,7 +79,9 @@ def _change(rows: Sequence[Mapping[str, Any]]) -> str:
     if difference is None:
         return f"{suite}: from {start} to {result}, on different examples, so the two cannot be paired."
     change, low, high = difference
-    paired = f"{_points(change)} points on the same {after['n']} examples (95 %: {_points(low)} to {_points(high)})"
+    paired = (
+        f"{_points(change)} points on the same {after['n']} examples (95\u00a0%: {_points(low)} to {_points(high)})"
+    )
     if low > 0:
         return f"{suite}: up from {start} to {result}: {paired}."
     if high < 0:
@@ -345,22 +261,22 @@ def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[fl
 
 def _number(row: Mapping[str, Any], key: str) -> float | None:
     value = row.get(key)
-    return float(value) if _is_number(value) else None
+    return float(value) if is_number(value) else None
 
 
 def _shown(row: Mapping[str, Any], key: str, form: str) -> str:
     value = _number(row, key)
-    return "-" if value is None else form.format(value).replace("%", " %")
+    return "-" if value is None else form.format(value).replace("%", "\u00a0%")
 
 
 def _tool_mix(row: Mapping[str, Any]) -> str:
     shares = {k[5:]: _number(row, k) or 0.0 for k in row if k.startswith("tool/")}
     ranked = sorted(shares.items(), key=lambda item: -item[1])
-    return "<br>".join(f"{escape(name)} {share:.0%}".replace("%", " %") for name, share in ranked[:6]) or "-"
+    return "<br>".join(f"{escape(name)} {share:.0%}".replace("%", "\u00a0%") for name, share in ranked[:6]) or "-"
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}\u00a0%"
 
 
 def _points(share: float) -> str:

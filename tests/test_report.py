@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -240,6 +241,7 @@ def test_a_missing_file_is_one_sentence(tmp_path, name):
         ("rollouts.jsonl", '{"step": 0, "segments": 3}', "reward, terms, question, answer, stop, segments"),
         ("rollouts.jsonl", json.dumps({**ROLLOUT, "segments": [{"sampled": 1, "text": ""}]}), "see segments"),
         ("rollouts.jsonl", json.dumps({**ROLLOUT, "reward": float("nan")}), "see reward"),
+        ("rollouts.jsonl", json.dumps({**ROLLOUT, "step": 10**400}), "see step"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, name, line, reason):
@@ -313,6 +315,20 @@ def test_chart_geometry():
     assert [frame.x(i) for i in range(4)] == [96.5, 197.5, 298.5, 399.5]
     assert (frame.y(0.0), frame.y(1.0)) == (196.0, 10.0)
     assert frame.path([0.0, 1.0, None, 1.0]) == "M96.5 196.0h0L197.5 10.0M399.5 10.0h0"
+
+
+@pytest.mark.parametrize(
+    ("steps", "labels"),
+    [
+        ([7], ["7"]),
+        ([0, 20, 40], ["0", "20", "40"]),
+        (list(range(1, 41)), ["10", "20", "30", "40"]),
+        (list(range(1, 401, 2)), ["100", "200", "300"]),
+    ],
+)
+def test_step_labels_are_round(steps, labels):
+    axes = charts._Frame(steps, 0.0, 1.0).axes()
+    assert re.findall(r'"middle">(\d+)<', axes) == labels
 
 
 def test_the_moving_average_keeps_both_ends_and_gaps():
