@@ -276,12 +276,10 @@ def test_the_invented_country_is_whole():
 
 def test_search_finds_a_town_by_name():
     name, town = next(iter(world().facts["town"].items()))
-    first, second = search(f"Who is the mayor of {name}?").split("\n")
-    assert first == (
+    assert search(f"Who is the mayor of {name}?") == (
         f"{name} is a town on the river {town['river']}. "
         f"It has {town['inhabitants']} inhabitants and its mayor is {town['mayor']}."
     )
-    assert second in world().documents
 
 
 @pytest.mark.parametrize(

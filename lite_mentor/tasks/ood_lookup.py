@@ -21,9 +21,6 @@ from lite_mentor.tools import tool_spec
 from lite_mentor.types import Example, ToolSpec
 
 LEVELS = (1, 2)
-RESULTS = 2
-"""Documents that a search returns; short, because they count against the student's tokens."""
-
 Facts = dict[str, str]
 
 
@@ -153,15 +150,15 @@ def _index() -> bm25s.BM25:
 
 
 def search(query: str) -> str:
-    """search an encyclopedia, returns the two best entries"""
+    """search an encyclopedia, returns the best entry"""
     (words,) = bm25s.tokenize([query], stopwords="en", show_progress=False, return_ids=False)
     if not words:
         raise ToolError("the query has no words to search for")
     scores = _index().get_scores(words)
-    found = [int(i) for i in (-scores).argsort(kind="stable")[:RESULTS] if scores[i] > 0]
-    if not found:
+    best = int(scores.argmax())
+    if scores[best] <= 0:
         raise ToolError("nothing was found")
-    return "\n".join(world().documents[i] for i in found)
+    return world().documents[best]  # one entry: results count against the student's tokens
 
 
 @functools.cache
