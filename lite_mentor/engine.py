@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from lite_mentor.student import Student
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -89,6 +91,24 @@ class Engine:
         self.prefix_ids: list[int] = []
         self.prefix_kv: tuple[torch.Tensor, torch.Tensor] | None = None
         self.sampling = Sampling()
+
+    @classmethod
+    def of(cls, student: Student, *, slots: int, context: int) -> Engine:
+        """An engine that samples from the student's rollout weights."""
+        config = student.config
+        heads = config.num_attention_heads
+        return cls(
+            student.rollout_hidden,
+            student.rollout_logits,
+            layers=config.num_hidden_layers,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            eos_ids=student.eos_ids,
+            slots=slots,
+            context=context,
+            device=student.device,
+            dtype=student.dtype,
+        )
 
     @property
     def busy(self) -> bool:

@@ -72,3 +72,34 @@ def batch_loss(
         normaliser=Normaliser(tokens=batch.global_tokens, sequences=batch.global_sequences),
         backend=config.kernel_backend,
     )
+
+
+class StepMetrics:
+    """Gathers what the rows of one step report: maxima by their maximum, everything else by its sum.
+
+    The kernels' sums already carry the global normaliser, so over one optimizer step they add to means.
+    """
+
+    def __init__(self, updates: int):
+        self._updates, self._values, self._tokens = updates, {}, 0
+
+    def add(self, out: PolicyLossOut, batch: Batch) -> None:
+        """Take in one row."""
+        self._tokens += len(batch.ids_T)
+        for name, value in {"loss": out.loss.detach(), **out.metrics}.items():
+            name, value = _NAMES.get(name, name), value.item()
+            if name.endswith("max"):
+                self._values[name] = max(self._values.get(name, value), value)
+            else:
+                self._values[name] = self._values.get(name, 0.0) + value / self._updates
+
+    def result(self) -> dict[str, float]:
+        """The step's metrics, under the names of metrics.jsonl."""
+        return {**self._values, "tokens/trained": self._tokens}
+
+
+_NAMES = {
+    "clip_low": "clip/low", "clip_high": "clip/high", "clip_dual": "clip/dual", "ratio_mean": "ratio/mean",
+    "ratio_max": "ratio/max", "tis_mean": "tis/mean", "tis_capped": "tis/capped",
+    "logp_gap_mean": "logp_gap/mean", "logp_gap_max": "logp_gap/max",
+}  # fmt: skip

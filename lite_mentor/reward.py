@@ -7,6 +7,8 @@ A measurement that raises stops the run: a reward that silently becomes 0 teache
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import torch
 from mentor_kernels import AdvantageOut, RewardConfig, group_advantage
 
 from lite_mentor.judge import is_correct
-from lite_mentor.types import Example, Rollout, Scored, TeacherRecord, ToolCall
+from lite_mentor.types import CALL_STATUSES, STOP_REASONS, Example, Rollout, Scored, TeacherRecord, ToolCall
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,26 @@ def score(
         for i, rollout in enumerate(rollouts)
     ]
     return scored, out
+
+
+def summarise(scored: Sequence[Scored], out: AdvantageOut) -> dict[str, float | None]:
+    """A step's reward metrics: mean and spread of the reward, the mean of each term, and how the episodes went."""
+    rewards = [s.reward for s in scored if not math.isnan(s.reward)]
+    rollouts = [s.rollout for s in scored]
+    calls = [call for r in rollouts for call in r.calls]
+    n = len(rollouts)
+    metrics = {
+        "reward/mean": statistics.fmean(rewards) if rewards else None,
+        "reward/std": statistics.pstdev(rewards) if rewards else None,
+        "advantage/zero_variance": out.zero_variance_G.float().mean().item(),
+        "tokens/sampled": sum(int(r.sampled.sum()) for r in rollouts),
+        "tokens/prompt": sum(r.prompt_length for r in rollouts),
+        "calls/per_rollout": len(calls) / n,
+    }
+    metrics |= {f"reward/{name}": values.nanmean().item() for name, values in out.terms.items()}
+    metrics |= {f"calls/{s}": sum(c.status == s for c in calls) / len(calls) if calls else None for s in CALL_STATUSES}
+    metrics |= {f"stop/{s}": sum(r.stop == s for r in rollouts) / n for s in STOP_REASONS}
+    return metrics
 
 
 def tensors(
