@@ -136,6 +136,8 @@ def _gated(
         return score_B.masked_fill(~finished_B, 0.0)[None], (1.0,)
     weights = WEIGHTS[reward]
     correct_B, align_B, valid_B = terms_KB
+    if not weights[1]:  # no part of this preset: its variance must not count either
+        align_B = torch.zeros_like(align_B)
     align_B = torch.where(correct_B == 1, align_B, WRONG_KEEPS * align_B)
     if reward == "sparse":
         valid_B = torch.ones_like(valid_B)
