@@ -6,8 +6,8 @@ pending: a whole prompt, a tool's result, or the single token that was just samp
 decode, a tool's result costs only its own tokens, and earlier turns are never computed again.
 
 Sequences submitted together with the same prompt share one prefill: the first computes it, the others copy its keys
-and values. The prefix that ALL prompts of a run have in common (the text that describes the tools) is kept between
-submissions, for as long as the weights stay the same.
+and values. The prefix that ALL prompts have in common (the text that describes the tools) is held once, outside the
+slots: every decode step reads it once for the whole batch, and it outlives the sequences while the weights stay.
 
 Sampling is counter-based: the caller gives each sequence its own row of uniforms, and the token at position t
 is the inverse-CDF of uniform t. Batch order, batch size and scheduling cannot change what a sequence draws.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import collections.abc as abc
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,10 @@ class Sequence:
     turn_start: int
     """Where the turn being sampled starts in `ids`."""
     slot: int = -1
+    shared: int = 0
+    """Leading tokens whose keys and values are in the engine's shared prefix and not in the slot."""
     cached: int = 0
-    """Tokens of `ids` whose keys and values are in the cache."""
+    """Tokens of `ids` whose keys and values are in the prefix or the slot."""
     ended: bool = field(default=False)
     """Did the last turn end with an end-of-turn token (and not at the length limit)?"""
 
@@ -89,7 +92,7 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.speaking: list[Sequence] = []
         self.prefix_ids: list[int] = []
-        self.prefix_kv: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.prefix_kv = self._no_prefix = (self.keys[:, 0, :0], self.values[:, 0, :0])  # [L, P, Hkv, D]
         self.sampling = Sampling()
 
     @classmethod
@@ -119,7 +122,7 @@ class Engine:
         """Forget what was computed with older weights. Only between episodes: live sequences would mix two policies."""
         if self.busy:
             raise RuntimeError("the weights changed while sequences were being sampled")
-        self.prefix_ids, self.prefix_kv = [], None
+        self.prefix_ids, self.prefix_kv = [], self._no_prefix
 
     def submit(self, ids: abc.Sequence[int], uniforms: abc.Sequence[float]) -> Sequence:
         """Queue a prompt. Raises ValueError when prompt and limit together exceed the context."""
@@ -168,39 +171,35 @@ class Engine:
         return done
 
     def _admit(self) -> None:
-        """Move waiting sequences into free slots and give them the prefix that all prompts share."""
-        fresh = []
+        """Move waiting sequences into free slots; those whose prompt starts with the shared prefix start behind it."""
+        if self.waiting and not self.speaking and len(self.free) == self.keys.shape[1]:
+            self._renew_prefix()
         while self.waiting and self.free:
             sequence = self.waiting.popleft()
             sequence.slot = self.free.pop()
-            fresh.append(sequence)
-        if not fresh:
-            return
-        self.speaking += fresh
-        shared = common_prefix([s.ids[:-1] for s in (*fresh, *self.waiting)])
-        known = len(self.prefix_ids)
-        if not known or self.prefix_ids != shared[:known]:
-            self._prefill_prefix(fresh[0], shared)
-        if self.prefix_ids:
-            slots = torch.tensor([s.slot for s in fresh], device=self.device)
-            for cache, prefix in zip((self.keys, self.values), self.prefix_kv, strict=True):
-                cache[:, slots, : len(self.prefix_ids)] = prefix[:, None]
-            for s in fresh:
-                s.cached = len(self.prefix_ids)
+            length = len(self.prefix_ids)
+            if len(sequence.ids) > length and sequence.ids[:length] == self.prefix_ids:
+                sequence.shared = sequence.cached = length
+            self.speaking.append(sequence)
 
-    def _prefill_prefix(self, sequence: Sequence, shared: list[int]) -> None:
-        self.prefix_ids = shared
+    def _renew_prefix(self) -> None:
+        """With no sequence alive, make the prefix what all waiting prompts share, unless they share the present one."""
+        shared = common_prefix([s.ids[:-1] for s in self.waiting])
+        if self.prefix_ids and self.prefix_ids == shared[: len(self.prefix_ids)]:
+            return
+        self.prefix_ids, self.prefix_kv = [], self._no_prefix
         if shared:
-            self._run([(sequence, shared)])
-        length, slot = len(shared), sequence.slot
-        self.prefix_kv = (self.keys[:, slot, :length].clone(), self.values[:, slot, :length].clone())
+            borrowed = Sequence(len(shared), (), shared, [], [], 0, slot=self.free[-1])
+            self._run([borrowed])
+            self.prefix_kv = tuple(cache[:, borrowed.slot, : len(shared)].clone() for cache in (self.keys, self.values))
+            self.prefix_ids = shared
 
     def _chunk_of_rows(self) -> list[list[Sequence]]:
         """Speaking sequences to run now, those with the same uncomputed prompt in one row, up to `chunk` tokens."""
         rows: dict[object, list[Sequence]] = {}
         tokens = 0
         for s in self.speaking:
-            untouched = len(s.ids) == s.prompt_length and s.cached == len(self.prefix_ids)
+            untouched = len(s.ids) == s.prompt_length and s.cached == s.shared
             key = tuple(s.ids) if untouched else id(s)
             if key not in rows:
                 pending = len(s.ids) - s.cached
@@ -212,75 +211,105 @@ class Engine:
 
     def _forward_rows(self, rows: list[list[Sequence]]) -> torch.Tensor:
         """One forward over the pending tokens of each row's leader -> the last hidden state of each row [R, H]."""
-        hidden_TH, last_R = self._run([(row[0], row[0].ids[row[0].cached :]) for row in rows])
+        hidden_TH, last_R = self._run([row[0] for row in rows])
         for leader, *followers in rows:
             leader.cached = len(leader.ids)
             if followers:
                 slots = torch.tensor([s.slot for s in followers], device=self.device)
-                start, end = len(self.prefix_ids), leader.cached
+                own = leader.cached - leader.shared
                 for cache in (self.keys, self.values):
-                    cache[:, slots, start:end] = cache[:, leader.slot, start:end].unsqueeze(1)
+                    cache[:, slots, :own] = cache[:, leader.slot, :own].unsqueeze(1)
                 for s in followers:
                     s.cached = leader.cached
         return hidden_TH[last_R]
 
-    def _run(self, work: list[tuple[Sequence, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = DecodePlan(self.keys, self.values, [(s.slot, s.cached, len(ids)) for s, ids in work])
-        ids_1T = torch.tensor([[i for _, ids in work for i in ids]], device=self.device)
+    def _run(self, leaders: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+        spans = [Span(s.slot, s.shared, s.cached, len(s.ids)) for s in leaders]
+        plan = DecodePlan(self.keys, self.values, self.prefix_kv, spans)
+        ids_1T = torch.tensor([[i for s in leaders for i in s.ids[s.cached :]]], device=self.device)
         return self.forward(ids_1T, plan.positions_T[None], plan), plan.last_R
 
 
-class DecodePlan:
-    """Attention of one engine step: writes new keys and values into the cache, attends over each slot's past.
+class Span(NamedTuple):
+    """One row of an engine step: positions [cached, end) are new, those before `shared` live in the shared prefix."""
 
-    `spans` lists (slot, tokens already cached, new tokens) in the order of the packed row.
+    slot: int
+    shared: int
+    cached: int
+    end: int
+
+
+class DecodePlan:
+    """Attention of one engine step: writes new keys and values into the slots, attends over prefix and slot.
+
+    Rows with a single new token decode as one batch: their scores against the shared prefix are ONE product for the
+    whole batch, so its keys and values are read once a step instead of once a sequence. Longer rows (prompts, tool
+    results) go one by one.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, spans: list[tuple[int, int, int]]):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, prefix_kv, spans: list[Span]):
         device = keys.device
-        self.keys, self.values, self.context = keys, values, keys.shape[2]
-        positions = [torch.arange(past, past + new) for _, past, new in spans]
+        self.keys, self.values, self.prefix_kv = keys, values, prefix_kv
+        context = keys.shape[2]
+        positions = [torch.arange(s.cached, s.end) for s in spans]
         self.positions_T = torch.cat(positions).to(device)
-        flat = [slot * self.context + p for (slot, _, _), p in zip(spans, positions, strict=True)]
+        flat = [s.slot * context + p - s.shared for s, p in zip(spans, positions, strict=True)]
         self.write_T = torch.cat(flat).to(device)
-        starts = torch.tensor([0, *(new for _, _, new in spans)]).cumsum(0)
+        starts = torch.tensor([0, *(s.end - s.cached for s in spans)]).cumsum(0)
         self.last_R = (starts[1:] - 1).to(device)
-        # Rows of a single new token decode as one batch; longer rows (prompts, tool results) go one by one.
-        self.single = [r for r, (_, _, new) in enumerate(spans) if new == 1]
-        self.multiple = [
-            (int(starts[r]), int(starts[r + 1]), slot, past + new)
-            for r, (slot, past, new) in enumerate(spans)
-            if new > 1
-        ]
-        if self.single:
-            past = torch.tensor([spans[r][1] + 1 for r in self.single], device=device)
-            self.longest = int(past.max())
-            self.single_rows = starts[self.single].to(device)
-            self.single_slots = torch.tensor([spans[r][0] for r in self.single], device=device)
-            # [B, 1, 1, S]: broadcasts over heads and over the query heads of a KV head.
-            self.single_mask = (torch.arange(self.longest, device=device)[None] < past[:, None])[:, None, None]
+        single = [r for r, s in enumerate(spans) if s.end - s.cached == 1]
+        self.multiple = [(int(starts[r]), s) for r, s in enumerate(spans) if s.end - s.cached > 1]
+        self.rows_B = starts[single].to(device)
+        self.slots_B = torch.tensor([spans[r].slot for r in single], device=device)
+        own = torch.tensor([spans[r].end - spans[r].shared for r in single])
+        self.longest = int(own.max()) if single else 0
+        behind_prefix = torch.tensor([spans[r].shared > 0 for r in single], dtype=torch.bool)
+        prefix = prefix_kv[0].shape[1]
+        # [B, 1, 1, P + S]: which of the prefix's and the slot's positions a row may see.
+        sees = torch.cat(
+            [behind_prefix[:, None].expand(-1, prefix), torch.arange(self.longest)[None] < own[:, None]], 1
+        )
+        self.blind_B11S = ~sees[:, None, None].to(device)
 
-    def attend(self, layer: int, query, key, value, *, scaling: float) -> torch.Tensor:
+    def attend(self, layer: int, query, key, value, *, scaling: float, **_) -> torch.Tensor:
         """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
-        _, heads, tokens, dim = query.shape
         keys, values = self.keys[layer], self.values[layer]  # [slots, context, Hkv, D]
-        keys.view(-1, *keys.shape[2:])[self.write_T] = key[0].transpose(0, 1).to(keys.dtype)
-        values.view(-1, *values.shape[2:])[self.write_T] = value[0].transpose(0, 1).to(values.dtype)
-        out = query.new_empty(tokens, heads, dim)
-        if self.single:
-            # The query heads that share a KV head become the rows of one small attention: [B, Hkv, Hq / Hkv, D].
-            grouped = query[0, :, self.single_rows].transpose(0, 1).unflatten(1, (keys.shape[2], -1))
-            k = keys[self.single_slots, : self.longest].transpose(1, 2)
-            v = values[self.single_slots, : self.longest].transpose(1, 2)
-            got = F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.single_mask, scale=scaling)
-            out[self.single_rows] = got.flatten(1, 2)
-        for start, end, slot, length in self.multiple:
-            q = query[:, :, start:end]
-            k, v = (x[slot, :length].transpose(0, 1)[None] for x in (keys, values))
-            mask = torch.ones(end - start, length, dtype=torch.bool, device=q.device).tril(length - (end - start))
-            got = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
-            out[start:end] = got[0].transpose(0, 1)
-        return out[None]
+        keys.flatten(0, 1)[self.write_T] = key[0].transpose(0, 1).to(keys.dtype)
+        values.flatten(0, 1)[self.write_T] = value[0].transpose(0, 1).to(values.dtype)
+        prefix_k, prefix_v = (x[layer] for x in self.prefix_kv)  # [P, Hkv, D]
+        out_THD = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+        if self.longest:
+            out_THD[self.rows_B] = self._decode(query[0], keys, values, prefix_k, prefix_v, scaling).to(out_THD.dtype)
+        for start, span in self.multiple:
+            new, own = span.end - span.cached, span.end - span.shared
+            k, v = (
+                torch.cat([prefix[: span.shared], cache[span.slot, :own]]).transpose(0, 1)[None]
+                for prefix, cache in ((prefix_k, keys), (prefix_v, values))
+            )
+            mask = torch.ones(new, span.end, dtype=torch.bool, device=query.device).tril(span.cached)
+            got = F.scaled_dot_product_attention(
+                query[:, :, start : start + new], k, v, attn_mask=mask, scale=scaling, enable_gqa=True
+            )
+            out_THD[start : start + new] = got[0].transpose(0, 1)
+        return out_THD[None]
+
+    def _decode(self, query_HTD, keys, values, prefix_k, prefix_v, scaling: float) -> torch.Tensor:
+        """[B, Hq, D] in float32; the query heads that share a KV head are rows of one product."""
+        kv_heads, dim = keys.shape[2], keys.shape[3]
+        rows, length = len(self.rows_B), prefix_k.shape[0]
+        q = (query_HTD[:, self.rows_B].float() * scaling).unflatten(0, (kv_heads, -1))  # [Hkv, rep, B, D]
+        q_flat = q.flatten(1, 2)  # [Hkv, rep * B, D]
+        prefix_k, prefix_v = (x.float().transpose(0, 1) for x in (prefix_k, prefix_v))  # [Hkv, P, D]
+        own_k, own_v = (
+            x[self.slots_B, : self.longest].float().transpose(1, 2) for x in (keys, values)
+        )  # [B, Hkv, S, D]
+        q_rows = q.permute(2, 0, 1, 3)  # [B, Hkv, rep, D]
+        scores_prefix = (q_flat @ prefix_k.mT).unflatten(1, (-1, rows)).permute(2, 0, 1, 3)  # [B, Hkv, rep, P]
+        scores = torch.cat([scores_prefix, q_rows @ own_k.mT], -1).masked_fill_(self.blind_B11S, float("-inf"))
+        weights = scores.softmax(-1)
+        from_prefix = weights[..., :length].permute(1, 2, 0, 3).flatten(1, 2) @ prefix_v  # [Hkv, rep * B, D]
+        out = from_prefix.unflatten(1, (-1, rows)).permute(2, 0, 1, 3) + weights[..., length:] @ own_v
+        return out.reshape(rows, -1, dim)
 
 
 def sample(logits_BV: torch.Tensor, uniform_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
