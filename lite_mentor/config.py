@@ -229,7 +229,8 @@ def check(config: Config) -> None:
         raise UserError(f"--top-p {config.top_p} --top-k {config.top_k}: top-p lies in (0, 1], top-k is 0 or more.")
     if config.prompts_per_step % config.updates_per_step:
         raise UserError(
-            f"--updates-per-step {config.updates_per_step} does not divide --prompts-per-step {config.prompts_per_step}."
+            f"--updates-per-step {config.updates_per_step} does not divide "
+            f"--prompts-per-step {config.prompts_per_step}; make it a divisor."
         )
     longest = config.max_prompt_tokens + config.max_new_tokens
     if config.micro_tokens < longest:

@@ -93,6 +93,12 @@ class RunLog:
         self._append("eval.jsonl", {"step": step, "name": name, "suite": suite, **result})
         self._display.evaluation(name, suite, result)
 
+    def earlier_evaluation(self, name: str, suite: str) -> dict[str, Any] | None:
+        """The latest row of eval.jsonl with this name and suite, from this process or one before it; None if none."""
+        with open(self.out / "eval.jsonl", encoding="utf-8") as lines:
+            rows = [row for row in map(json.loads, lines) if (row["name"], row["suite"]) == (name, suite)]
+        return rows[-1] if rows else None
+
     def note(self, text: str) -> None:
         """Show a sentence about what the run is doing."""
         self._display.note(text)
@@ -272,6 +278,15 @@ class Stopwatch:
             if self._cuda:
                 torch.cuda.synchronize()
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, with its calls timed as the stage `name`."""
+
+        def call(*args, **kwargs):
+            with self.stage(name):
+                return function(*args, **kwargs)
+
+        return call
 
     def lap(self) -> dict[str, float]:
         """`time/<stage>` and `time/step` since the last lap, in seconds; starts the next one."""

@@ -49,9 +49,7 @@ def old_logprobs(student: Student, batch: Batch, config: Config) -> torch.Tensor
     return logprobs(student, batch, temperature=config.temperature, backend=config.kernel_backend)[0]
 
 
-def batch_loss(
-    student: Student, batch: Batch, config: Config, old_logp_N: torch.Tensor | None = None
-) -> PolicyLossOut:
+def batch_loss(student: Student, batch: Batch, config: Config, old_logp_N: torch.Tensor | None = None) -> PolicyLossOut:
     """This row's share of the optimizer step's loss. Without `old_logp_N` the update is on-policy: every ratio is 1."""
     how = dict(temperature=config.temperature, backend=config.kernel_backend)
     ref_logp_N = None
@@ -83,8 +81,8 @@ class StepMetrics:
     def __init__(self, updates: int):
         self._updates, self._values, self._tokens = updates, {}, 0
 
-    def add(self, out: PolicyLossOut, batch: Batch) -> None:
-        """Take in one row."""
+    def add(self, out: PolicyLossOut, batch: Batch) -> float:
+        """Take in one row; returns its loss."""
         self._tokens += len(batch.ids_T)
         for name, value in {"loss": out.loss.detach(), **out.metrics}.items():
             name, value = _NAMES.get(name, name), value.item()
@@ -92,6 +90,7 @@ class StepMetrics:
                 self._values[name] = max(self._values.get(name, value), value)
             else:
                 self._values[name] = self._values.get(name, 0.0) + value / self._updates
+        return out.loss.item()
 
     def result(self) -> dict[str, float]:
         """The step's metrics, under the names of metrics.jsonl."""

@@ -22,7 +22,7 @@ class Update:
 
     grad_norm: float
     applied: bool
-    """False when the gradient was not finite: the weights and the optimizer are then as they were."""
+    """False when the loss or the gradient was not finite: the weights and the optimizer are then as they were."""
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:
@@ -45,17 +45,17 @@ def learning_rate(step: int, steps: int, *, peak: float, warmup: int, schedule: 
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def apply_gradients(optimizer: torch.optim.Optimizer, *, lr: float, max_norm: float) -> Update:
-    """Clip to `max_norm` and step, unless the gradient is not finite. Gradients are cleared either way."""
+def apply_gradients(optimizer: torch.optim.Optimizer, *, lr: float, max_norm: float, allowed: bool = True) -> Update:
+    """Clip to `max_norm` and step, if `allowed` and the gradient is finite. Gradients are cleared either way."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False).item()
-    finite = math.isfinite(norm)
-    if finite:
+    applied = allowed and math.isfinite(norm)
+    if applied:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return Update(norm, finite)
+    return Update(norm, applied)
 
 
 class Guard:

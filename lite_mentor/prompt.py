@@ -71,7 +71,7 @@ class Chat:
         return self._encode(self._render(messages, tools=tools, generate=True), slots)
 
     def result_ids(self, results: Sequence[str]) -> list[int]:
-        """What follows an assistant turn that ended with its end-of-turn token: the results, and the next turn's opening."""
+        """What follows an assistant turn that closed itself: the results, and the opening of the next turn."""
         messages = [_slot("user", 0), _slot("assistant", 1)]
         if self.native_tools:
             messages += [_slot("tool", 2 + i) for i in range(len(results))]

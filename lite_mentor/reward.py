@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from mentor_kernels import AdvantageOut, RewardConfig, group_advantage
 
+from lite_mentor.config import Config
 from lite_mentor.judge import is_correct
 from lite_mentor.types import CALL_STATUSES, STOP_REASONS, Example, Rollout, Scored, TeacherRecord, ToolCall
 
@@ -58,15 +59,14 @@ def score(
     examples: Mapping[str, Example],
     rollouts: Sequence[Rollout],
     teacher: Mapping[str, TeacherRecord],
-    config: RewardConfig,
-    *,
-    device: torch.device | str = "cpu",
-    backend: str | None = None,
+    config: Config,
 ) -> tuple[list[Scored], AdvantageOut]:
     """Measure every rollout of a step and compare each with its group."""
     measured = [measure(examples[r.example_key], r, teacher[r.example_key]) for r in rollouts]
     out = group_advantage(
-        **tensors(examples, rollouts, measured, device), config=config, backend=backend
+        **tensors(examples, rollouts, measured, config.device),
+        config=RewardConfig(reward=config.reward, advantage=config.advantage),
+        backend=config.kernel_backend,
     )
     rewards, advantages = out.reward_B.tolist(), out.advantage_B.tolist()
     terms = {name: values.tolist() for name, values in out.terms.items()}

@@ -61,8 +61,8 @@ def roll_out(
         ids = chat.prompt_ids(example)
         if len(ids) > limits.max_prompt_tokens:
             raise UserError(
-                f"The prompt of example {example.key} ({example.question[:60]!r}...) has {len(ids)} tokens; the limit is "
-                f"{limits.max_prompt_tokens}. Raise --max-prompt-tokens or shorten the task."
+                f"The prompt of example {example.key} ({example.question[:60]!r}...) has {len(ids)} tokens; "
+                f"the limit is {limits.max_prompt_tokens}. Raise --max-prompt-tokens or shorten the task."
             )
         for index in range(group_size):
             uniforms = noise(seed, step, example.key, index, limits.max_new_tokens)

@@ -21,7 +21,7 @@ from lite_mentor.assets import cache_folder
 from lite_mentor.config import Config
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.log import RunLog
-from lite_mentor.optim import make_optimizer
+from lite_mentor.optim import Guard, make_optimizer
 from lite_mentor.prompt import Chat
 from lite_mentor.rollout import Limits, RunCall
 from lite_mentor.sandbox import Sandbox
@@ -51,6 +51,7 @@ class Run:
     run_call: RunCall
     limits: Limits
     sampling: Sampling
+    guard: Guard
 
     def take(self, step: int) -> list[Example]:
         """The examples of an RL step: those after the cold start's, round and round."""
@@ -63,15 +64,16 @@ class Run:
         self.student.refresh_rollout_weights()
         self.engine.weights_changed()
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int) -> None:
         """Write a checkpoint from which `step` is the next to be taken."""
         optimizer, optimizer_state = checkpoint.pack_optimizer(self.optimizer)
         rng, rng_state = checkpoint.rng_state()
-        return checkpoint.save(
+        state = {"optimizer": optimizer_state, "rng": rng_state, "log": self.log.position()}
+        checkpoint.save(
             self.out,
             step,
             tensors={"adapter": self.student.adapter_state(), "optimizer": optimizer, "rng": rng},
-            state={"step": step, "config": self.config.asdict(), "optimizer": optimizer_state, "rng": rng_state},
+            state=state | {"refused_in_a_row": self.guard.in_a_row, "config": self.config.asdict()},
             config_hash=self.config.hash(),
             keep=2,
         )
@@ -82,11 +84,14 @@ class Run:
         for reason in refused:
             self.log.note(reason)
         if found is None:
+            self.log.rewind({})
             return None
         self.student.load_adapter_state(found.tensors["adapter"])
         checkpoint.unpack_optimizer(self.optimizer, found.tensors["optimizer"], found.state["optimizer"])
         checkpoint.restore_rng(found.tensors["rng"], found.state["rng"])
-        self.log.rewind(found.step)
+        self.log.rewind(found.state["log"])
+        self.guard.in_a_row = found.state["refused_in_a_row"]
+        self.log.note(f"resuming at step {found.step} of {self.config.steps}, from {found.path}")
         return found.step
 
 
@@ -99,11 +104,12 @@ def prepare(config: Config) -> Iterator[Run]:
     out = Path(config.resume or config.out or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     config = replace(config, device=device, out=str(out))
     with ExitStack() as stack:
-        log = stack.enter_context(RunLog(out, config.asdict(), total_steps=config.steps, resume=bool(config.resume)))
         stack.enter_context(checkpoint.lock(out))
+        log = stack.enter_context(RunLog(out, config.asdict(), total_steps=config.steps, resume=bool(config.resume)))
         examples = load_tasks(config, out)
         teacher = open_teacher(config, log)
         teacher.covers(examples)
+        examples = teacher.usable(examples)
         student = load_student(
             config.student,
             quant=config.quant,
@@ -131,6 +137,7 @@ def prepare(config: Config) -> Iterator[Run]:
             run_call=lambda raw, example: run_call(raw, example.tools, run_path=sandbox.call),
             limits=Limits(config.max_turns, config.max_new_tokens, config.max_prompt_tokens),
             sampling=Sampling(config.temperature, config.top_k, config.top_p),
+            guard=Guard(out),
         )
 
 
@@ -147,7 +154,7 @@ def load_tasks(config: Config, out: Path) -> list[Example]:
 
 
 def open_teacher(config: Config, log: RunLog) -> TeacherCache:
-    """The cache that --teacher names; or the built-in tasks' own solutions, written by `lite_mentor.teach` if missing."""
+    """The cache that --teacher names; or the built-in tasks' own solutions, which `lite_mentor.teach` writes once."""
     if config.teacher:
         return open_cache(Path(config.teacher))
     levels = "-".join(map(str, config.levels))

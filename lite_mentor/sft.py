@@ -18,6 +18,11 @@ from lite_mentor.prompt import Chat
 from lite_mentor.student import Student
 from lite_mentor.types import Batch, Example, Rollout, TeacherRecord
 
+ENOUGH_SUPPORT = 0.5
+"""A student with at least this share of working episodes needs no cold start."""
+GATE_EXAMPLES, GATE_TOKENS = 8, 64
+"""The gate's size: it must cost seconds, and a first call comes early or not at all."""
+
 
 def support(rollouts: Sequence[Rollout]) -> float:
     """Share of rollouts in which at least one call worked: without any, no process reward can ever be seen."""

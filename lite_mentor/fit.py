@@ -1,0 +1,65 @@
+"""Proof, before step 1, that the longest row a run can meet fits in memory: one is built and differentiated."""
+
+from __future__ import annotations
+
+import torch
+
+from lite_mentor.batch import pack
+from lite_mentor.config import Config
+from lite_mentor.errors import UserError
+from lite_mentor.log import peak_memory_bytes
+from lite_mentor.loss import batch_loss
+from lite_mentor.student import Student
+from lite_mentor.types import Batch, Rollout
+
+
+def prove_fit(student: Student, config: Config) -> str:
+    """Forward and backward of the fullest row; returns a sentence with the peak memory so far.
+
+    Weights and generators stay as they are. The engine's cache is allocated before, so the peak includes it; AdamW's
+    two moments of the adapters (8 bytes a parameter, 2 in 8 bits) come on top. Raises UserError when it does not fit.
+    """
+    batch = fullest_row(config, student.config.vocab_size)
+    try:
+        batch_loss(student, batch, config).loss.backward()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"A row of {len(batch.ids_T)} tokens does not fit on {config.device}; lower --micro-tokens (now "
+            f"{config.micro_tokens}), then --max-new-tokens, or switch --gradient-checkpointing on."
+        ) from error
+    finally:
+        for parameter in student.trainable():
+            parameter.grad = None
+    peak = peak_memory_bytes(config.device)
+    reached = f"{peak / 2**30:.2f} GiB at most so far" if peak else "its peak cannot be measured here"
+    return f"the fullest row ({len(batch.ids_T)} tokens, {len(batch.targets_N)} of them sampled) fits: {reached}"
+
+
+def fullest_row(config: Config, vocabulary: int) -> Batch:
+    """As many rollouts of full length as --micro-tokens allows, sharing nothing, every token after the prompt sampled."""
+    generator = torch.Generator().manual_seed(0)
+    prompt, new = config.max_prompt_tokens, config.max_new_tokens
+    count = max(1, config.micro_tokens // (prompt + new))
+    rollouts = []
+    for index in range(count):
+        ids = torch.randint(vocabulary, (prompt + new,), generator=generator)
+        ids[0] = index  # so that no two share a prefix
+        rollouts.append(_rollout(index, ids, prompt))
+    rows = pack(rollouts, [1.0] * count, config.micro_tokens)
+    return max(rows, key=lambda row: len(row.ids_T))
+
+
+def _rollout(index: int, ids: torch.Tensor, prompt: int) -> Rollout:
+    return Rollout(
+        example_key=str(index),
+        group=index,
+        index=0,
+        ids=ids,
+        sampled=torch.arange(len(ids)) >= prompt,
+        behaviour_logp=torch.zeros(len(ids)),
+        prompt_length=prompt,
+        calls=(),
+        turns=1,
+        answer=None,
+        stop="eos",
+    )

@@ -1,0 +1,202 @@
+"""Teach a small language model to use tools, guided by a cached teacher, on one machine.
+
+    python train.py                     the default student, minutes on a laptop's CPU
+    python train.py --preset 12gb       Qwen3-1.7B in 4 bits on one consumer GPU
+    python train.py --resume runs/...   go on where a run stopped
+
+This file is the algorithm. It is GRPO, with these differences from the textbook:
+
+ 1. The student learns in turns: it calls tools, reads their results, and answers. Only tokens that it sampled itself
+    carry a loss; the mask is written when a token is sampled or injected, and never inferred.
+ 2. The reward is dense: right answer, tools aligned with the teacher's, valid calls. The teacher is a cache of finished
+    trajectories; no teacher model is in memory.
+ 3. Each reward term is normalised within its group before they are added (GDPO), so that a rare term is still heard.
+    Groups in which nothing varies teach nothing: they are counted and dropped before the student's forward.
+ 4. The loss is averaged over all sampled tokens of the step (DAPO), with a higher upper clip and no KL by default.
+ 5. Rollouts come from a merged copy of the weights. What the trainer's own forward disagrees with is corrected by
+    truncated importance sampling, and logged on every step.
+ 6. A group's prompt, and the text that describes the tools, are computed once, in sampling and in training alike.
+ 7. A student that never manages a call would see no process reward, so a short supervised cold start comes first.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lite_mentor import sft
+from lite_mentor.batch import pack
+from lite_mentor.config import parse
+from lite_mentor.errors import UserError
+from lite_mentor.evaluate import compare, evaluate, suites
+from lite_mentor.fit import prove_fit
+from lite_mentor.log import Stopwatch, peak_memory_bytes
+from lite_mentor.loss import StepMetrics, batch_loss, old_logprobs
+from lite_mentor.optim import apply_gradients, learning_rate, make_optimizer
+from lite_mentor.report import write_report
+from lite_mentor.reward import score, summarise
+from lite_mentor.rollout import roll_out
+from lite_mentor.run import Run, prepare
+from lite_mentor.types import Scored
+
+
+def train(run: Run) -> None:
+    """The whole run: cold start, RL, and the evaluations around them."""
+    c = run.config
+    start = run.restore()
+    if c.device != "cpu":
+        run.log.note(prove_fit(run.student, c))
+    if start is None:
+        cold_start(run)
+        evaluate_suites(run, 0, "cold_start")
+        run.save(0)
+        start = 0
+    with StopRequest(run) as stop:
+        for step in range(start, c.steps):
+            run.log.step(train_step(run, step))
+            if c.eval_every and (step + 1) % c.eval_every == 0 and step + 1 < c.steps:
+                evaluate_suites(run, step + 1, "step")
+            if (step + 1) % c.save_every == 0 or step + 1 == c.steps or stop.requested:
+                run.save(step + 1)
+            if stop.requested:
+                raise KeyboardInterrupt
+    run.student.save_adapter(run.out / "adapter")
+    evaluate_suites(run, c.steps, "final")
+    run.log.note(f"report: {write_report(run.out)}")
+
+
+def cold_start(run: Run) -> None:
+    """Supervised steps on the teacher's records, when the student cannot yet do what RL would reinforce."""
+    c = run.config
+    seen = support_of(run)
+    run.log.note(f"support gate: {seen:.0%} of the untrained student's episodes hold a call that works")
+    if seen >= sft.ENOUGH_SUPPORT or not c.sft_steps:
+        return
+    run.log.note(f"cold start: {c.sft_steps} supervised steps on {c.sft_steps * c.sft_batch} teacher records")
+    chosen = run.examples[: c.sft_steps * c.sft_batch]
+    rollouts = [sft.teacher_rollout(run.chat, e, run.teacher[e.key], run.student.eos_ids[0]) for e in chosen]
+    for metrics in sft.cold_start(run.student, make_optimizer(run.student.trainable(), c), rollouts, c):
+        run.log.step(metrics)
+
+
+def support_of(run: Run) -> float:
+    """The support gate: short episodes on a few examples, sampled as RL would sample them."""
+    c = run.config
+    limits = replace(run.limits, max_new_tokens=min(c.max_new_tokens, sft.GATE_TOKENS))
+    run.refresh_rollouts()
+    rollouts = roll_out(
+        run.engine, run.chat, run.examples[: sft.GATE_EXAMPLES], group_size=2, limits=limits,
+        sampling=run.sampling, seed=c.seed, step=-1, run_call=run.run_call,
+    )  # fmt: skip
+    return sft.support(rollouts)
+
+
+def train_step(run: Run, step: int) -> dict[str, float | None]:
+    """One RL step: sample, score against the cached teacher, update. Returns the step's metrics."""
+    c, watch = run.config, Stopwatch(run.config.device)
+    with watch.stage("rollout"):
+        run.refresh_rollouts()
+        rollouts = roll_out(
+            run.engine, run.chat, run.take(step), group_size=c.group_size, limits=run.limits,
+            sampling=run.sampling, seed=c.seed, step=step, run_call=watch.timed("tools", run.run_call),
+        )  # fmt: skip
+    with watch.stage("score"):
+        scored, groups = score(run.by_key, rollouts, run.teacher, c)
+    with watch.stage("update"):
+        learned = update(run, [s for s in scored if not groups.zero_variance_G[s.rollout.group]], step)
+    run.log.rollouts(step, scored, run.by_key, run.chat.decode)
+    memory = {"memory/peak": peak_memory_bytes(c.device)}
+    return {"step": step, "phase": "rl", **summarise(scored, groups), **learned, **watch.lap(), **memory}
+
+
+def update(run: Run, scored: Sequence[Scored], step: int) -> dict[str, float | None]:
+    """`updates_per_step` optimizer steps, each on its share of the groups. Without variance anywhere, none."""
+    c = run.config
+    lr = learning_rate(step, c.steps, peak=c.lr, warmup=c.warmup, schedule=c.schedule)
+    shares = [pack([s.rollout for s in share], [s.advantage for s in share], c.micro_tokens)
+              for share in by_group(scored, c.updates_per_step)]  # fmt: skip
+    # Any update but the first meets a policy that has moved on, so all old logprobs are taken before the first.
+    many = len(shares) > 1
+    old = [[old_logprobs(run.student, batch, c) if many else None for batch in share] for share in shares]
+    metrics = StepMetrics(len(shares))
+    norms = []
+    for share, old_logps in zip(shares, old, strict=True):
+        losses = []
+        for batch, old_logp_N in zip(share, old_logps, strict=True):
+            out = batch_loss(run.student, batch, c, old_logp_N)
+            out.loss.backward()
+            losses.append(metrics.add(out, batch))
+        changed = apply_gradients(run.optimizer, lr=lr, max_norm=c.max_grad_norm, allowed=math.isfinite(sum(losses)))
+        norms.append(changed.grad_norm)
+        if changed.applied:
+            run.guard.passed()
+        else:
+            run.guard.refused(step, share, f"its losses were {losses} and its gradient norm {changed.grad_norm}")
+    return {**metrics.result(), "grad_norm": max(norms, default=None), "lr": lr}
+
+
+def by_group(scored: Sequence[Scored], shares: int) -> list[list[Scored]]:
+    """Split a step's rollouts into at most `shares` parts of whole groups, leaving out what could not be scored."""
+    groups = sorted({s.rollout.group for s in scored})
+    size = -(-len(groups) // shares) or 1
+    parts = [set(groups[i : i + size]) for i in range(0, len(groups), size)]
+    return [[s for s in scored if s.rollout.group in part and not math.isnan(s.reward)] for part in parts]
+
+
+def evaluate_suites(run: Run, step: int, name: str) -> None:
+    """Evaluate every held-out suite, log it, and say what changed since the cold start."""
+    run.refresh_rollouts()
+    for suite, examples in suites(run.config).items():
+        result, _ = evaluate(run.engine, run.chat, examples, limits=run.limits, run_call=run.run_call)
+        run.log.evaluation(step, name, suite, result)
+        before = run.log.earlier_evaluation("cold_start", suite)
+        if name == "final" and before:
+            change, low, high = compare(before, result)
+            run.log.note(f"{suite}: {change:+.1%} since the cold start, 95 % interval {low:+.1%} to {high:+.1%}")
+
+
+class StopRequest:
+    """The first Ctrl-C lets the step finish and saves; the second stops at once (the last checkpoint stands)."""
+
+    def __init__(self, run: Run):
+        self.run, self.requested = run, False
+
+    def __enter__(self) -> StopRequest:
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, *_: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.run.log.note("stopping after this step; press Ctrl-C again to stop at once")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 something to put right (said in one sentence), 130 interrupted."""
+    folder = None
+    try:
+        with prepare(parse(argv)) as run:
+            folder = run.out
+            if run.config.check:
+                run.log.note(prove_fit(run.student, run.config))
+            else:
+                train(run)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        where = f"; go on with: python train.py --resume {folder}" if folder else ""
+        print(f"interrupted{where}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
