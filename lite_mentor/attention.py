@@ -41,8 +41,8 @@ def plan_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    plan: Plan,
     scaling: float,
+    plan: Plan | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -52,8 +52,10 @@ def plan_attention(
 
     Raises UserError for attention that differs from softmax(scaling q k) v.
     """
-    if softcap is not None or s_aux is not None:
-        what = "caps its attention scores" if softcap is not None else "has attention sinks"
+    what = "caps its attention scores" if softcap is not None else "has attention sinks" if s_aux is not None else ""
+    if plan is None:
+        what = "does not pass arguments on to its attention"
+    if what:
         raise UserError(f"The student {what} ({type(module).__name__}), which is not supported; use another student.")
     window = {} if sliding_window is None else {"window": sliding_window}
     return plan.attend(module.layer_idx, query, key, value, scaling=scaling, **window), None

@@ -54,7 +54,10 @@ class Student:
         self.quantised = getattr(model, "is_loaded_in_4bit", False)
         with warnings.catch_warnings():  # peft asks transformers under an attribute's old name
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            self.model = get_peft_model(model, lora)
+            try:
+                self.model = get_peft_model(model, lora)
+            except ValueError as error:
+                raise UserError(f"Adapters cannot be put on the student {name}: {str(error).rstrip(".")}.") from error
         lora.base_model_name_or_path = name
         self.base: PreTrainedModel = self.model.get_base_model()
         if isinstance(self.base.get_output_embeddings(), LoraLayer):
@@ -148,6 +151,11 @@ class RolloutWeights:
         self.layers: list[tuple[LoraLayer, torch.Tensor]] = []
         for name, layer in base.named_modules():
             if isinstance(layer, LoraLayer):
+                if not isinstance(layer.get_base_layer(), nn.Linear):
+                    kind = type(layer.get_base_layer()).__name__
+                    raise UserError(
+                        f"The student has a layer ({name}) of type {kind}, which is not supported; use another."
+                    )
                 twin = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
                 weight = torch.empty(layer.out_features, layer.in_features, dtype=base.dtype, device=base.device)
                 twin.weight = nn.Parameter(weight, requires_grad=False)
@@ -275,7 +283,7 @@ def _prove(student: Student) -> None:
     ours_TV = student.rollout_logits(student.rollout_hidden(ids_T[None], positions_T[None], plan))
     alone = torch.stack([ids_T[:8], torch.cat([ids_T[:4], ids_T[8:]])]).to(student.device)
     student.base.set_attn_implementation("eager")
-    theirs_TV = torch.cat([logits for logits in student.base(input_ids=alone, use_cache=False).logits.float()])
+    theirs_TV = student.base(input_ids=alone, use_cache=False).logits.float().flatten(0, 1)
     student.base.set_attn_implementation(attention.NAME)
     theirs_TV = theirs_TV[[*range(8), *range(12, 16)]]
     error = (ours_TV - theirs_TV).norm() / (theirs_TV - theirs_TV.mean(-1, keepdim=True)).norm()
