@@ -57,7 +57,7 @@ class Student:
             try:
                 self.model = get_peft_model(model, lora)
             except ValueError as error:
-                raise UserError(f"Adapters cannot be put on the student {name}: {str(error).rstrip(".")}.") from error
+                raise UserError(f"Adapters cannot be put on the student {name}: {error}") from error
         lora.base_model_name_or_path = name
         self.base: PreTrainedModel = self.model.get_base_model()
         if isinstance(self.base.get_output_embeddings(), LoraLayer):
