@@ -71,9 +71,13 @@ def advantage_inputs(episodes: Sequence[Episode], words: int = 1, device: str = 
     def column(name: str, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor([getattr(e, name) for e in episodes], dtype=dtype, device=device)
 
+    def masks(name: str) -> torch.Tensor:
+        rows = [mask(getattr(e, name), words) for e in episodes]
+        return torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, words)
+
     return dict(
-        teacher_tools_B=torch.tensor([mask(e.teacher, words) for e in episodes], device=device).reshape(-1, words),
-        student_tools_B=torch.tensor([mask(e.student, words) for e in episodes], device=device).reshape(-1, words),
+        teacher_tools_B=masks("teacher"),
+        student_tools_B=masks("student"),
         correct_B=column("correct", torch.float32),
         finished_B=column("finished", torch.bool),
         answered_B=column("answered", torch.bool),

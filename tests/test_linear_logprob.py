@@ -117,15 +117,30 @@ def test_no_tensor_is_larger_than_a_tile():
     assert largest.elements == TILE_ROWS * TILE_COLUMNS
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_reach_the_logits(dtype):
+    case = head_case("", dtype)
+    hidden = case.hidden_NH.requires_grad_()
+
+    def run():
+        out = linear_logprob(hidden, case.weight_VH, case.targets_N)
+        mixed = (out.logprob_N * case.grad_logprob_N + out.entropy_N * case.grad_entropy_N).sum()
+        return *out, *torch.autograd.grad(mixed, hidden)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run()
+    assert all(torch.equal(a, b) for a, b in zip(inside, run(), strict=True))
+
+
 def test_bf16_products_are_a_private_affair():
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     case = head_case("", torch.bfloat16)
     linear_logprob(case.hidden_NH, case.weight_VH, case.targets_N)
     assert matmul.fp32_precision == before
-    with MODULE._exact_bf16_products(case.hidden_NH):
+    with MODULE._float32_sums(case.hidden_NH):
         assert matmul.fp32_precision == "bf16"
-    with MODULE._exact_bf16_products(case.hidden_NH.float()):
+    with MODULE._float32_sums(case.hidden_NH.float()):
         assert matmul.fp32_precision == before
 
 

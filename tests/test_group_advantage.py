@@ -1,0 +1,297 @@
+"""Rewards and advantages on the torch backend: both tables row by row, hand-worked numbers, plain Python, garbage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+from advantage_checks import Episode, advantage_inputs, check_advantage, random_episodes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mentor_kernels import STANDARD_TERMS, RewardConfig, group_advantage
+from mentor_kernels.group_advantage import Advantage, Reward, _group_advantage, _popcount
+
+REWARDS, ADVANTAGES = get_args(Reward), get_args(Advantage)
+RIGHT, WRONG = Episode(), Episode(correct=0.0)
+NO_TOOLS = dict(student=frozenset(), calls=0, ok=0)
+OTHER_TOOL = dict(student=frozenset({5}), calls=1, ok=1)
+ONE_OF_TWO = dict(student=frozenset({1}), calls=1, ok=1)  # F1 = 2/3; half the calls
+
+
+def score(*episodes: Episode, reward: str = "mentor", advantage: str = "grpo", words: int = 1):
+    return group_advantage(**advantage_inputs(episodes, words), config=RewardConfig(reward, advantage))
+
+
+# The table of the released reward, row by row.
+@pytest.mark.parametrize(
+    ("episode", "reward"),
+    [
+        (RIGHT, 1.10),
+        (replace(RIGHT, invalid=1), 1.00),
+        (replace(RIGHT, **OTHER_TOOL), 0.80),
+        (replace(RIGHT, **ONE_OF_TWO), 0.80),
+        (replace(RIGHT, **NO_TOOLS), 0.80),
+        (replace(RIGHT, **OTHER_TOOL, invalid=2), 0.70),
+        (WRONG, 0.16),
+        (replace(WRONG, **OTHER_TOOL), 0.10),
+        (replace(WRONG, **NO_TOOLS), 0.10),
+        (replace(WRONG, invalid=1), 0.06),
+        (replace(WRONG, **OTHER_TOOL, invalid=1), 0.00),
+        (replace(WRONG, answered=False), 0.10),
+        (replace(WRONG, answered=False, **OTHER_TOOL, invalid=3), 0.10),
+        (replace(WRONG, finished=False), 0.00),
+        (replace(WRONG, finished=False, answered=False), 0.00),
+        # A teacher without tools is not matched by a student without tools.
+        (replace(RIGHT, teacher=frozenset(), **NO_TOOLS), 0.80),
+    ],
+)
+def test_the_table_of_the_main_reward(episode, reward):
+    assert score(episode).reward_B.item() == pytest.approx(reward, abs=1e-6)
+
+
+# The table of the presets: right and wrong answer, with full, partial and no agreement, with and without a bad call.
+@pytest.mark.parametrize(
+    ("preset", "change", "right", "wrong"),
+    [
+        ("mentor", {}, 1.1, 0.16),
+        ("mentor", ONE_OF_TWO, 0.8, 0.1),
+        ("mentor_f1", {}, 1.1, 0.16),
+        ("mentor_f1", ONE_OF_TWO, 0.7 + 0.3 * 2 / 3 + 0.1, 0.06 * 2 / 3 + 0.1),
+        ("mentor_f1", {**ONE_OF_TWO, "invalid": 1}, 0.7 + 0.3 * 2 / 3, 0.06 * 2 / 3),
+        ("mentor_f1", NO_TOOLS, 0.8, 0.1),
+        ("mentor_overlap", ONE_OF_TWO, 1.0, 0.06),
+        ("mentor_overlap", OTHER_TOOL, 0.7, 0.0),
+        ("mentor_overlap", {"invalid": 1}, 1.0, 0.06),
+        ("no_align", {}, 0.8, 0.1),
+        ("no_align", {**OTHER_TOOL, "invalid": 1}, 0.7, 0.0),
+        ("sparse", {}, 1.0, 0.1),
+        ("sparse", {**OTHER_TOOL, "invalid": 1}, 1.0, 0.1),
+        ("strict", {"process": 3.5}, 3.5, 3.5),
+        ("strict", {"process": -3.0}, -3.0, -3.0),
+        ("flex", {}, 1.0, 0.14),
+        # F1 = 2/3, times 1 - 1/2/2 for one call where the teacher made two.
+        ("flex", ONE_OF_TWO, 0.7 + 0.2 * 2 / 3 * 3 / 4 + 0.1, 0.04 * 2 / 3 * 3 / 4 + 0.1),
+        # A loop of 8 calls, 6 of them good, over the right tools: align 1 - 6/8/2, valid 6/8.
+        ("flex", dict(calls=8, ok=6), 0.7 + 0.2 * 0.625 + 0.075, 0.04 * 0.625 + 0.075),
+        ("flex", NO_TOOLS, 0.7, 0.0),
+        ("flex", {**NO_TOOLS, "teacher": frozenset(), "teacher_calls": 0}, 0.8, 0.1),
+        ("flex", dict(student=frozenset(), calls=3, ok=0), 0.7, 0.0),
+    ],
+)
+def test_the_table_of_presets(preset, change, right, wrong):
+    out = score(replace(RIGHT, **change), replace(WRONG, **change), reward=preset)
+    assert out.reward_B.tolist() == pytest.approx([right, wrong], abs=1e-6)
+
+
+@pytest.mark.parametrize("preset", REWARDS)
+def test_the_gates_hold_for_every_preset(preset):
+    best = replace(RIGHT, process=4.0)
+    out = score(replace(best, finished=False), replace(best, answered=False), reward=preset)
+    assert out.reward_B.tolist() == pytest.approx([0.0, 0.1], abs=1e-7)
+
+
+def test_terms_are_what_was_measured():
+    out = score(
+        replace(RIGHT, **ONE_OF_TWO, finished=False), replace(WRONG, invalid=1, process=2.5), reward="mentor_f1"
+    )
+    terms = {name: values.tolist() for name, values in out.terms.items()}
+    assert terms["align"] == pytest.approx([2 / 3, 1.0])
+    assert (terms["correct"], terms["valid"], terms["process"]) == ([1.0, 0.0], [1.0, 0.0], [0.0, 2.5])
+    assert tuple(terms) == (*STANDARD_TERMS, "process")
+    inputs = advantage_inputs([RIGHT])
+    del inputs["process_B"]
+    assert tuple(group_advantage(**inputs, config=RewardConfig()).terms) == STANDARD_TERMS
+
+
+# Two groups: rewards 1.1, 0.8, 0.1 (mean 2/3, std 0.5131601) and 0.7, 0.0 (mean 0.35, std 0.4949747).
+GROUPS = [
+    replace(RIGHT, group=1, **OTHER_TOOL, invalid=1),
+    RIGHT,
+    replace(RIGHT, **OTHER_TOOL),
+    replace(WRONG, group=1, finished=False),
+    replace(WRONG, **OTHER_TOOL),
+]
+
+
+@pytest.mark.parametrize(
+    ("advantage", "expected"),
+    [
+        ("grpo", [0.7071054, 0.8444391, 0.2598274, -0.7071054, -1.1042665]),
+        ("dr_grpo", [0.35, 0.4333333, 0.1333333, -0.35, -0.5666667]),
+        # std of 0.7, 1.1, 0.8, 0, 0.1: sqrt(0.892 / 4) = 0.4722288
+        ("batch", [0.7411646, 0.9176324, 0.2823484, -0.7411646, -1.1999809]),
+    ],
+)
+def test_advantages_by_hand(advantage, expected):
+    out = score(*GROUPS, advantage=advantage)
+    assert out.reward_B.tolist() == pytest.approx([0.7, 1.1, 0.8, 0.0, 0.1], abs=1e-6)
+    assert out.advantage_B.tolist() == pytest.approx(expected, abs=5e-6)
+    assert out.zero_variance_G.tolist() == [False, False]
+
+
+def test_gdpo_by_hand():
+    # A group of two: every term that differs becomes +-1/sqrt(2), so the rollouts get +-(0.7 + 0.3) / sqrt(2), and the
+    # batch makes that +-1/sqrt(2) again. Three rollouts tell the terms apart.
+    pair = score(RIGHT, replace(WRONG, **OTHER_TOOL), advantage="gdpo")
+    assert pair.advantage_B.tolist() == pytest.approx([1 / math.sqrt(2), -1 / math.sqrt(2)], abs=1e-5)
+    three = score(RIGHT, replace(RIGHT, **OTHER_TOOL), replace(WRONG, **OTHER_TOOL), advantage="gdpo")
+    # correct 1, 1, 0 -> r, r, -2r with r = 1/sqrt(3); align 1, 0, 0 -> 2r, -r, -r; valid is constant.
+    r = 1 / math.sqrt(3)
+    raw = [0.7 * r + 0.3 * 2 * r, 0.7 * r - 0.3 * r, -0.7 * 2 * r - 0.3 * r]
+    std = math.sqrt(sum(x * x for x in raw) / 2)
+    assert three.advantage_B.tolist() == pytest.approx([x / std for x in raw], abs=1e-5)
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@pytest.mark.parametrize("size", [2, 3, 7, 10])
+def test_a_group_without_variance_is_exactly_silent(advantage, size):
+    # The float32 mean of ten rewards of 0.8 is not 0.8.
+    flat = [replace(RIGHT, **OTHER_TOOL)] * size
+    out = score(*flat, *(replace(e, group=1) for e in (RIGHT, WRONG)), advantage=advantage)
+    assert out.zero_variance_G.tolist() == [True, False]
+    assert out.advantage_B[:size].tolist() == [0.0] * size
+    assert out.advantage_B[size] > 0 > out.advantage_B[size + 1]
+
+
+def test_a_tiny_difference_is_a_variance():
+    flat = [replace(RIGHT, process=1.0)] * 3
+    out = score(*flat, replace(RIGHT, process=1.0 + 2**-22), reward="strict")
+    assert out.zero_variance_G.tolist() == [False]
+
+
+def test_gdpo_looks_at_the_terms_that_pay():
+    # 0.1 for a wrong answer with valid calls, and 0.1 without an answer: the same terms.
+    same = score(replace(WRONG, **OTHER_TOOL), replace(WRONG, answered=False), advantage="gdpo")
+    assert same.zero_variance_G.tolist() == [True]
+    # The tools differ, but `no_align` pays nothing for alignment.
+    paid = score(WRONG, replace(WRONG, **OTHER_TOOL), reward="no_align", advantage="gdpo")
+    assert paid.zero_variance_G.tolist() == [True]
+    assert paid.advantage_B.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_what_could_not_be_scored_leaves_the_group(advantage):
+    lost = replace(RIGHT, correct=math.nan)
+    out = score(RIGHT, lost, WRONG, advantage=advantage)
+    alone = score(RIGHT, WRONG, advantage=advantage)
+    assert math.isnan(out.reward_B[1].item())
+    assert out.advantage_B[1].item() == 0.0
+    assert out.advantage_B[[0, 2]].tolist() == pytest.approx(alone.advantage_B.tolist(), abs=1e-6)
+    assert out.terms["correct"].isnan().tolist() == [False, True, False]
+    only_one = score(RIGHT, lost, replace(lost, finished=False), advantage=advantage)
+    assert only_one.zero_variance_G.tolist() == [True]
+    assert only_one.advantage_B.tolist() == [0.0] * 3
+    assert only_one.reward_B.isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_a_group_of_one_and_a_step_of_none(advantage):
+    out = score(RIGHT, replace(WRONG, group=1), advantage=advantage)
+    assert out.advantage_B.tolist() == [0.0, 0.0]
+    assert out.zero_variance_G.tolist() == [True, True]
+    empty = score(advantage=advantage)
+    assert empty.reward_B.shape == empty.advantage_B.shape == empty.zero_variance_G.shape == (0,)
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@pytest.mark.parametrize("reward", REWARDS)
+def test_against_plain_python(reward, advantage):
+    for seed in range(3):
+        check_advantage(group_advantage, random_episodes(seed), RewardConfig(reward, advantage))
+    check_advantage(group_advantage, random_episodes(3, tools=130), RewardConfig(reward, advantage), words=3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    reward=st.sampled_from(REWARDS),
+    advantage=st.sampled_from(ADVANTAGES),
+    order=st.randoms(use_true_random=False),
+)
+def test_properties(seed, reward, advantage, order):
+    episodes = random_episodes(seed, groups=5)
+    out = score(*episodes, reward=reward, advantage=advantage)
+    check_advantage(group_advantage, episodes, RewardConfig(reward, advantage))
+    rows = list(range(len(episodes)))
+    order.shuffle(rows)
+    shuffled = score(*(episodes[i] for i in rows), reward=reward, advantage=advantage)
+    torch.testing.assert_close(shuffled.advantage_B, out.advantage_B[rows], rtol=1e-4, atol=1e-5)
+    assert torch.equal(shuffled.zero_variance_G, out.zero_variance_G)
+    low, high = (-3.0, 4.0) if reward == "strict" else (0.0, 1.1)
+    scored = out.reward_B[~out.reward_B.isnan()]
+    assert bool(((scored >= low - 1e-6) & (scored <= high + 1e-6)).all())
+    if advantage != "gdpo":
+        sums = torch.zeros(5).index_add_(0, torch.tensor([e.group for e in episodes]), out.advantage_B)
+        assert float(sums.abs().max()) < 1e-4
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1))
+def test_popcount(words):
+    assert _popcount(torch.tensor(words)).tolist() == [(word & (2**64 - 1)).bit_count() for word in words]
+
+
+def test_a_set_that_differs_in_the_last_word_or_the_sign_bit():
+    for tool in (63, 64, 127, 129):
+        near = replace(RIGHT, student=frozenset({0, 1, tool}))
+        out = score(near, replace(near, teacher=near.student), words=3)
+        assert out.terms["align"].tolist() == [0.0, 1.0]
+
+
+def test_masks_may_be_one_dimensional_and_flags_of_any_type():
+    inputs = advantage_inputs([RIGHT, replace(WRONG, **OTHER_TOOL)])
+    expected = group_advantage(**inputs, config=RewardConfig())
+    for name in ("teacher_tools_B", "student_tools_B"):
+        inputs[name] = inputs[name][:, 0]
+    for name in ("correct_B", "finished_B", "answered_B"):
+        inputs[name] = inputs[name].bool() if name == "correct_B" else inputs[name].float()
+    found = group_advantage(**inputs, config=RewardConfig())
+    assert torch.equal(found.reward_B, expected.reward_B)
+    assert torch.equal(found.advantage_B, expected.advantage_B)
+
+
+def test_one_graph_under_compile():
+    inputs = advantage_inputs(random_episodes(0))
+    config = RewardConfig("flex", "gdpo")
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(group_advantage, backend="aot_eager", fullgraph=True)(**inputs, config=config)
+    eager = group_advantage(**inputs, config=config)
+    assert torch.equal(compiled.advantage_B, eager.advantage_B)
+    assert torch.equal(compiled.zero_variance_G, eager.zero_variance_G)
+
+
+def test_the_operator_keeps_its_promises():
+    i = advantage_inputs(random_episodes(0, unscored=False))
+    calls = torch.stack([i[name].float() for name in ("calls_B", "teacher_calls_B", "ok_calls_B")])
+    names = ("correct_B", "finished_B", "answered_B", "invalid_calls_B", "group_B", "process_B")
+    args = (i["teacher_tools_B"], i["student_tools_B"], *(i[n] for n in names), calls, "flex", "gdpo", 1e-6, "torch")
+    torch.library.opcheck(_group_advantage, args)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (dict(group_B=torch.tensor([0, -1])), "negative group: -1"),
+        (dict(group_B=torch.tensor([0.0, 1.0])), "group_B must be int64"),
+        (dict(teacher_tools_B=torch.tensor([1.0, 2.0])), "teacher_tools_B must be int64"),
+        (dict(student_tools_B=torch.tensor([[1, 1], [2, 2]])), "one shape"),
+        (dict(student_tools_B=torch.tensor([1])), "student_tools_B must be int64"),
+        (dict(correct_B=torch.tensor([1.0])), "correct_B must be"),
+        (dict(finished_B=torch.ones(2, device="meta")), "finished_B must be"),
+        (dict(config=RewardConfig("strict"), process_B=None), "'strict' needs process_B"),
+        (dict(config=RewardConfig("flex"), calls_B=None, ok_calls_B=None), "'flex' needs calls_B, ok_calls_B"),
+        (dict(backend="gpu"), "backend"),
+    ],
+)
+def test_wrong_calls(change, match):
+    inputs = {**advantage_inputs([RIGHT, WRONG]), "config": RewardConfig(), **change}
+    with pytest.raises(ValueError, match=match):
+        group_advantage(**inputs)
+
+
+@pytest.mark.parametrize("fields", [dict(reward="dense"), dict(advantage="ppo"), dict(eps=-1.0)])
+def test_wrong_configurations(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        RewardConfig(**fields)
