@@ -1,0 +1,109 @@
+"""The engine against a plain forward of a real (tiny, random) model: same tokens, same logprobs, whatever the schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lite_mentor.engine import Engine, Sampling
+from lite_mentor.rollout import noise
+from lite_mentor.student import load_student
+
+RESULT = [300, 301, 302]
+
+
+@pytest.fixture(scope="module")
+def student():
+    torch.manual_seed(0)
+    student = load_student("tiny", quant="none", dtype="fp32", lora_rank=4, lora_alpha=8)
+    for parameter in student.trainable():  # fresh adapters add nothing; these do
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    student.refresh_rollout_weights()
+    return student
+
+
+def plain_logits(student, ids: list[int]) -> torch.Tensor:
+    """Logits after the last token, by the model's own attention on the whole sequence: no cache, no plan."""
+    student.base.set_attn_implementation("eager")
+    with torch.no_grad():
+        logits = student.base(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float()
+    student.base.set_attn_implementation("lite_mentor")
+    return logits
+
+
+def prompts(student) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = student.head_weight_VH.shape[0]
+    shared = torch.randint(vocabulary, (9,), generator=generator).tolist()
+    tails = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (1, 4, 7, 12)]
+    other = torch.randint(vocabulary, (6,), generator=generator).tolist()
+    return [*[shared + tail for tail in tails], shared + tails[1], other]
+
+
+def generate(student, prompts, *, sampling, slots=8, chunk=2048, turns=2, order=None) -> list:
+    engine = Engine.of(student, slots=slots, context=64)
+    engine.chunk, engine.sampling = chunk, sampling
+    engine.eos_ids = frozenset()  # a random model does not know when to stop; turns end by our count instead
+    order = order or range(len(prompts))
+    sequences = {}
+    for i in order:
+        sequences[i] = engine.submit(prompts[i], noise(0, 0, str(i), 0, 8))
+    turn_of = dict.fromkeys(sequences, 1)
+    back = {id(s): i for i, s in sequences.items()}
+
+    def end_turn_early(s):
+        return turn_of[back[id(s)]] < turns and len(s.ids) - s.turn_start == 2
+
+    while engine.busy:
+        done = engine.step()
+        for s in [s for s in engine.speaking if end_turn_early(s)]:
+            engine.speaking.remove(s)
+            turn_of[back[id(s)]] += 1
+            engine.resume(s, RESULT)
+        for s in done:
+            engine.release(s)
+    return [sequences[i] for i in range(len(prompts))]
+
+
+def test_greedy_multi_turn_equals_a_plain_forward_token_for_token(student):
+    for s in generate(student, prompts(student), sampling=Sampling(temperature=0)):
+        assert sum(s.sampled) == 5  # 2 tokens, 3 injected, 3 tokens
+        for t, sampled in enumerate(s.sampled):
+            if sampled:
+                logits = plain_logits(student, s.ids[:t])
+                assert s.ids[t] == logits.argmax().item()
+                assert s.logp[t] == pytest.approx(logits.log_softmax(-1)[s.ids[t]].item(), abs=1e-4)
+
+
+def test_sampled_logprobs_are_those_of_a_plain_forward_at_the_temperature(student):
+    for s in generate(student, prompts(student), sampling=Sampling(temperature=0.7)):
+        for t, sampled in enumerate(s.sampled):
+            if sampled:
+                logp = (plain_logits(student, s.ids[:t]) / 0.7).log_softmax(-1)
+                assert s.logp[t] == pytest.approx(logp[s.ids[t]].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [dict(slots=2), dict(chunk=5), dict(order=[5, 3, 1, 0, 2, 4]), dict(slots=1, order=[4, 5, 0, 1, 3, 2])],
+    ids=str,
+)
+def test_the_schedule_cannot_change_what_is_drawn(student, schedule):
+    one = generate(student, prompts(student), sampling=Sampling())
+    other = generate(student, prompts(student), sampling=Sampling(), **schedule)
+    assert [s.ids for s in one] == [s.ids for s in other]
+
+
+def test_equal_prompts_draw_their_own_noise(student):
+    same = [prompts(student)[0]] * 4
+    drawn = {tuple(s.ids) for s in generate(student, same, sampling=Sampling())}
+    assert len(drawn) == 4
+
+
+def test_noise_depends_on_every_argument_and_on_nothing_else():
+    base = noise(1, 2, "a", 3, 4)
+    assert base == noise(1, 2, "a", 3, 4)
+    assert base[:2] == noise(1, 2, "a", 3, 2)
+    assert all(0 <= u < 1 for u in base)
+    others = [noise(0, 2, "a", 3, 4), noise(1, 0, "a", 3, 4), noise(1, 2, "b", 3, 4), noise(1, 2, "a", 0, 4)]
+    assert all(base != other for other in others)
