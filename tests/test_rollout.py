@@ -1,0 +1,127 @@
+"""The tool loop under a scripted student: masks as literal lists, every stop reason, every status fed back as text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lite_mentor.engine import Engine, Sampling
+from lite_mentor.errors import UserError
+from lite_mentor.prompt import Chat
+from lite_mentor.rollout import Limits, roll_out
+from lite_mentor.tasks import load_suite
+from lite_mentor.tiny import tiny_tokenizer
+from lite_mentor.tools import run_call
+
+CHAT = Chat(tiny_tokenizer())
+EXAMPLE = load_suite("tiny", split="train", size=1, seed=0)[0]
+PROMPT = CHAT.prompt_ids(EXAMPLE)
+END = 257
+ADD = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>'
+
+
+def play(turns: list[str], results: list[str], *, closed: bool = True, group_size: int = 1, **limits):
+    """Roll out a student who says exactly `turns`; between them the loop injects `results`."""
+    script = list(PROMPT)
+    for i, turn in enumerate(turns):
+        last = i == len(turns) - 1
+        script += CHAT.turn_ids(turn, END)[: None if closed or not last else -1]
+        if i < len(results):
+            script += CHAT.result_ids([results[i]])
+    script += [ord("~")] * 400  # a student cut off or badly predicted babbles on
+
+    def forward(ids_1T, positions_1T, plan):
+        return F.one_hot(torch.tensor([script[p + 1] for p in positions_1T[0].tolist()]), 512).float()
+
+    engine = Engine(
+        forward, lambda h: h * 100, layers=1, kv_heads=1, head_dim=1, eos_ids=[END], slots=4, context=len(PROMPT) + 200
+    )
+    defaults = dict(max_turns=3, max_new_tokens=150, max_prompt_tokens=300)
+    rollouts = roll_out(
+        engine, CHAT, [EXAMPLE], group_size=group_size, limits=Limits(**defaults | limits), seed=0, step=0,
+        sampling=Sampling(temperature=0), run_call=lambda raw, example: run_call(raw, example.tools),
+    )  # fmt: skip
+    assert len(engine.free) == 4
+    return rollouts
+
+
+def test_a_call_its_result_and_the_answer():
+    (r,) = play([ADD, "It is \\boxed{5}"], ["5"])
+    call, result, answer = CHAT.turn_ids(ADD, END), CHAT.result_ids(["5"]), CHAT.turn_ids("It is \\boxed{5}", END)
+    assert r.ids.tolist() == PROMPT + call + result + answer
+    mask = [False] * len(PROMPT) + [True] * len(call) + [False] * len(result) + [True] * len(answer)
+    assert r.sampled.tolist() == mask
+    assert (r.stop, r.answer, r.turns, r.prompt_length) == ("answer", "5", 2, len(PROMPT))
+    assert [(c.name, dict(c.arguments), c.status, c.result) for c in r.calls] == [("add", {"a": 2, "b": 3}, "ok", "5")]
+    assert r.finished
+
+
+def test_several_calls_in_one_turn_come_back_together():
+    (r,) = play([ADD + ADD, "\\boxed{5}"], [])
+    assert [c.result for c in r.calls] == ["5", "5"]
+    injected = r.ids[~r.sampled].tolist()[len(PROMPT) :]
+    assert injected == CHAT.result_ids(["5", "5"])
+
+
+@pytest.mark.parametrize(
+    ("call", "status"),
+    [
+        ("<tool_call>{oops</tool_call>", "bad_json"),
+        ('<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}', "ok"),  # unclosed, but all there
+        ('<tool_call>{"name": "sqrt", "arguments": {"number": 4}}</tool_call>', "unknown_tool"),
+        ('<tool_call>{"name": "add", "arguments": {"a": "two"}}</tool_call>', "bad_arguments"),
+    ],
+)
+def test_what_is_wrong_with_a_call_comes_back_as_text(call, status):
+    (r,) = play([call], [])
+    assert r.calls[0].status == status
+    injected = CHAT.decode(r.ids[~r.sampled].tolist()[len(PROMPT) :])
+    assert r.calls[0].result in injected
+
+
+def test_ending_without_answer_or_call():
+    (r,) = play(["I do not know"], [])
+    assert (r.stop, r.answer, r.finished, r.calls) == ("eos", None, True, ())
+
+
+def test_an_empty_box_is_an_answer_that_is_empty():
+    (r,) = play(["\\boxed{}"], [])
+    assert (r.stop, r.answer) == ("answer", "")
+
+
+def test_a_box_beside_a_call_is_not_the_answer_yet():
+    (r,) = play(["\\boxed{4} " + ADD, "\\boxed{5}"], ["5"])
+    assert (r.answer, r.turns) == ("5", 2)
+
+
+def test_still_calling_at_the_turn_cap():
+    (r,) = play([ADD, ADD], ["5"], max_turns=2)
+    assert (r.stop, r.turns, r.finished, len(r.calls)) == ("max_turns", 2, False, 2)
+    assert bool(r.sampled[-1])  # the last call's result is not appended: nobody would read it
+
+
+def test_cut_off_in_the_middle_of_a_turn():
+    (r,) = play(["abc"], [], closed=False, max_new_tokens=10)
+    assert (r.stop, r.finished, len(r.ids) - len(PROMPT)) == ("max_tokens", False, 10)
+
+
+def test_cut_off_in_the_middle_of_a_call_does_not_run_it():
+    (r,) = play([ADD], [], max_new_tokens=5)
+    assert (r.stop, r.calls) == ("max_tokens", ())
+
+
+def test_a_result_that_does_not_fit_ends_the_episode():
+    spoken = len(CHAT.turn_ids(ADD, END))
+    (r,) = play([ADD], [], max_new_tokens=spoken + 3)
+    assert (r.stop, len(r.calls), len(r.ids)) == ("context_full", 1, len(PROMPT) + spoken)
+
+
+def test_a_group_keeps_its_order():
+    rollouts = play(["\\boxed{1}"], [], group_size=3)
+    assert [(r.group, r.index, r.example_key) for r in rollouts] == [(0, i, EXAMPLE.key) for i in range(3)]
+
+
+def test_a_prompt_over_the_limit_is_one_sentence():
+    with pytest.raises(UserError, match=r"has \d+ tokens; the limit is 10. Raise --max-prompt-tokens"):
+        play([""], [], max_prompt_tokens=10)
