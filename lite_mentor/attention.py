@@ -77,8 +77,8 @@ class PackedPlan:
 
     def __init__(self, starts: Sequence[int], parents: Sequence[int], tokens: int, device: torch.device | str = "cpu"):
         ends = [*starts[1:], tokens]
-        self.lengths = [end - start for start, end in zip(starts, ends, strict=True)]
-        well_formed = len(parents) == len(starts) and starts and starts[0] == 0 and min(self.lengths) > 0
+        self.lengths = [end - start for start, end in zip(starts, ends, strict=False)]
+        well_formed = starts and starts[0] == 0 and len(parents) == len(starts) and min(self.lengths) > 0
         if not well_formed or any(not -1 <= parent < s for s, parent in enumerate(parents)):
             raise ValueError(f"not a forest of segments over {tokens} tokens: starts {starts}, parents {parents}")
         self.device = torch.device(device)

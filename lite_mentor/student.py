@@ -212,7 +212,9 @@ def load_student(
         source = "random weights" if name == "tiny" else source_of(folder)
         model, tokenizer = _load(folder, name, quant, device, compute)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 renamed it.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     # Training mode, for good. Checkpointing needs it, and on a CPU bitsandbytes repacks the 4-bit weights of a module
     # in evaluation mode, in place, into a layout that has no backward: gradients would silently be wrong.
     model.train()
