@@ -147,7 +147,7 @@ def _forward_torch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, d loss / d logp [N], w [N], metrics in the order of METRICS)."""
     old_logp_N = logp_N if old_logp_N is None else old_logp_N
-    _, local_N, length_S = torch.unique_consecutive(sequence_N, return_inverse=True, return_counts=True)
+    _, local_N, length_S = torch.unique(sequence_N, return_inverse=True, return_counts=True)
     token_N = torch.full_like(logp_N, 1 / max(normaliser.tokens, 1))
     w_N = _reduction_weights(config, normaliser, token_N, length_S[local_N])
 
