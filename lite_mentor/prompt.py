@@ -31,7 +31,7 @@ _SYSTEM = (
     f'{CALL_OPEN}{{"name": ..., "arguments": {{...}}}}{CALL_CLOSE} and stop; its result comes back. '
     "Give the final answer as \\boxed{answer}.\nTools:\n"
 )
-_ASK_FOR_BOX = "\n\nUse the tools, then put the final answer in \\boxed{}."
+ASK_FOR_BOX = "\n\nUse the tools, then put the final answer in \\boxed{}."
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Chat:
             )
         self.tokenizer = tokenizer
         probe = [{"role": "user", "content": "x"}]
-        schema = _json_schema(ToolSpec("probe_tool", "probes", {"type": "object", "properties": {}}))
+        schema = json_schema(ToolSpec("probe_tool", "probes", {"type": "object", "properties": {}}))
         with_tools = self._render(probe, tools=[schema], generate=True)
         self.native_tools = "probe_tool" in with_tools
         """Does the template itself describe tools? Else our system prompt does."""
@@ -62,8 +62,8 @@ class Chat:
     def prompt_ids(self, example: Example) -> list[int]:
         """The conversation up to the point where the student speaks."""
         if self.native_tools:
-            tools = [_json_schema(tool) for tool in example.tools]
-            messages, slots = [_slot("user", 0)], [example.question + _ASK_FOR_BOX]
+            tools = [json_schema(tool) for tool in example.tools]
+            messages, slots = [_slot("user", 0)], [example.question + ASK_FOR_BOX]
         else:
             tools = None
             system = _SYSTEM + "\n".join(signature(tool) for tool in example.tools)
@@ -138,6 +138,7 @@ def _inert(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _json_schema(tool: ToolSpec) -> dict:
+def json_schema(tool: ToolSpec) -> dict:
+    """A tool as chat templates and chat-completions servers expect it."""
     function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
     return {"type": "function", "function": function}

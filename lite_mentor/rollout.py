@@ -128,3 +128,17 @@ def noise(seed: int, step: int, key: str, index: int, count: int) -> list[float]
     digest = hashlib.blake2b(f"{seed}|{step}|{key}|{index}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
     return generator.random(count).tolist()
+
+
+def messages_of(chat: Chat, rollout: Rollout) -> list[dict[str, str]]:
+    """A rollout as a conversation: its assistant turns as text, and between them the results of their calls."""
+    messages, calls = [], list(rollout.calls)
+    spans = torch.nn.functional.pad(rollout.sampled.int(), (1, 1)).diff()
+    starts, ends = (spans == 1).nonzero()[:, 0].tolist(), (spans == -1).nonzero()[:, 0].tolist()
+    for start, end in zip(starts, ends, strict=True):
+        closed = end < len(rollout.ids) or rollout.stop != "max_tokens"
+        text = chat.decode(rollout.ids[start : end - closed].tolist())
+        messages.append({"role": "assistant", "content": text})
+        for _ in range(min(len(parse_turn(text).calls) if closed else 0, len(calls))):
+            messages.append({"role": "tool", "content": calls.pop(0).result})
+    return messages

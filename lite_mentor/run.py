@@ -108,7 +108,6 @@ def prepare(config: Config) -> Iterator[Run]:
         log = stack.enter_context(RunLog(out, config.asdict(), total_steps=config.steps, resume=bool(config.resume)))
         examples = load_tasks(config, out)
         teacher = open_teacher(config, log)
-        teacher.covers(examples)
         examples = teacher.usable(examples)
         student = load_student(
             config.student,

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+if TYPE_CHECKING:  # a tool's worker process starts ten times as fast without torch
+    import torch
 
 CallStatus = Literal["ok", "unknown_tool", "bad_json", "bad_arguments", "error", "timeout"]
 CALL_STATUSES: tuple[CallStatus, ...] = (
