@@ -1,0 +1,287 @@
+"""Runs code that may hang, crash or fill the memory in worker processes, and kills those that do.
+
+What is limited: wall-clock time (the worker and everything it started are killed), CPU time, memory, the size of a
+file, the number of open files, the length of a result. A worker sees only the environment variables that importing
+needs, so no keys or tokens, and what it prints goes nowhere.
+
+What is NOT protected: a tool reads and writes every file that you can, uses the network, starts processes (a child
+that leaves its process group outlives the worker) and may remember things from one call to the next. The limits other
+than wall-clock time need the `resource` module, so Windows has none, and macOS does not limit memory. This guards a
+run against buggy tools and absurd arguments, not against tools written to do harm: use a container for those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+from lite_mentor.errors import UserError
+from lite_mentor.tools import result_text
+
+START_SECONDS = 60.0
+"""For what happens once in a worker, importing: a slow disk must not look like a slow tool."""
+MEMORY_BYTES = 4 << 30
+FILE_BYTES = 64 << 20
+OPEN_FILES = 128
+MAX_REPLY_BYTES = 1 << 20
+
+Status = Literal["ok", "error", "timeout"]
+Request = Mapping[str, Any]
+
+
+class Worker:
+    """One process `python -m module` that answers JSON lines; started at the first request, again after a kill.
+
+    Thread-safe: requests wait for each other.
+    """
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+        self._number = 0
+        self._closed = False
+        self._lock = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """None while no process runs."""
+        return self._process and self._process.pid
+
+    def request(self, payload: Request, timeout_s: float) -> dict[str, Any]:
+        """The worker's answer. Raises TimeoutError or EOFError, once the worker is killed, if none comes."""
+        with self._lock:
+            if self._process is None:
+                self._start()
+            return self._exchange(payload, timeout_s)
+
+    def close(self) -> None:
+        """Kill the process, whatever it is doing. Later requests raise RuntimeError."""
+        self._closed = True
+        self._kill()
+
+    def _start(self) -> None:
+        if self._closed:
+            raise RuntimeError(f"the worker {self.module} is closed")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", self.module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=_environment(),
+            start_new_session=True,  # a group of its own: killed as a whole, and deaf to ctrl-C
+        )
+        if self._closed:  # while the process was starting
+            self._kill()
+            raise RuntimeError(f"the worker {self.module} is closed")
+        try:
+            self._exchange({}, START_SECONDS)
+        except (TimeoutError, EOFError) as error:
+            raise RuntimeError(f"`{sys.executable} -m {self.module}` does not start as a worker") from error
+
+    def _exchange(self, payload: Request, timeout_s: float) -> dict[str, Any]:
+        """A thread writes and reads, because no file operation on a pipe takes a time limit everywhere."""
+        self._number += 1
+        line = json.dumps([self._number, payload]).encode() + b"\n"
+        received: list[bytes] = []
+        self._thread = threading.Thread(target=_write_and_read, args=(self._process, line, received), daemon=True)
+        self._thread.start()
+        try:
+            self._thread.join(timeout_s)
+        except KeyboardInterrupt:  # an answer that comes late must not be taken for the next one
+            self._kill()
+            raise
+        reply = received[0] if received else None
+        if reply is None:
+            self._kill()
+            raise TimeoutError(f"no answer within {timeout_s:g} s")
+        try:
+            number, answer = json.loads(reply)
+        except (ValueError, TypeError, RecursionError):
+            number, answer = None, None
+        if number != self._number or not isinstance(answer, dict):
+            self._kill()
+            raise EOFError("the worker ended, or broke the protocol")
+        return answer
+
+    def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        # The process has not been waited for, so no other group can have taken its number.
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: a group of the dead
+                os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        if self._thread is not None:
+            self._thread.join(1.0)
+        if self._thread is None or not self._thread.is_alive():  # else a child outside the group holds the pipe
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def _write_and_read(process: subprocess.Popen[bytes], line: bytes, received: list[bytes]) -> None:
+    """Appends the answer, or b"" when the worker is gone."""
+    try:
+        process.stdin.write(line)
+        process.stdin.flush()
+        reply = process.stdout.readline(MAX_REPLY_BYTES)
+    except (OSError, ValueError):
+        reply = b""
+    received.append(reply)
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
+    return kept | {
+        "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)]),
+        "PYTHONHASHSEED": "0",  # what a tool returns must not depend on the order of a set
+        "OMP_NUM_THREADS": "1",  # a pool of threads would not fit the limits, and would slow down decoding
+    }
+
+
+class Sandbox:
+    """A pool of workers for tools that are named by an import path. Thread-safe."""
+
+    def __init__(self, workers: int = 2, timeout_s: float = 5.0) -> None:
+        self.timeout_s = timeout_s
+        self._workers = [Worker("lite_mentor.sandbox") for _ in range(workers)]
+        # Last in, first out: a worker is started only when all that run are busy.
+        self._free: queue.LifoQueue[Worker] = queue.LifoQueue()
+        for worker in self._workers:
+            self._free.put(worker)
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+
+    def call(self, path: str, arguments: Mapping[str, Any]) -> tuple[Status, str]:
+        """Run the tool at `module:function` -> (status, what the student is told).
+
+        The status is `error` when the tool raises, ends its process or breaks a limit. Importing the tool is not
+        timed; a tool that cannot be imported raises UserError, for no student can put that right.
+        """
+        request = {"path": path, "arguments": dict(arguments), "seconds": self.timeout_s}
+        worker = self._free.get()
+        try:
+            _load(worker, path)
+            answer = worker.request(request, self.timeout_s)
+            return answer["status"], answer["text"]
+        except TimeoutError:
+            return "timeout", f"Error: the tool took longer than {self.timeout_s:g} s."
+        except EOFError:
+            return "error", "Error: the tool ended its process or broke a limit."
+        finally:
+            self._free.put(worker)
+
+
+def _load(worker: Worker, path: str) -> None:
+    try:
+        problem = worker.request({"path": path}, START_SECONDS).get("problem")
+    except TimeoutError:
+        problem = f"importing it took longer than {START_SECONDS:g} s"
+    except EOFError:
+        problem = "importing it ended the process or broke a limit"
+    if problem:
+        raise UserError(f"The tool {path} cannot be loaded in the sandbox ({problem}); put its module right.")
+
+
+# --- in the worker ---------------------------------------------------------------------------------------------
+
+
+def serve(answer: Callable[[Request], Mapping[str, Any]], memory_bytes: int) -> None:
+    """Answer JSON lines on stdin until it ends, under limits.
+
+    Requests and replies move to private pipes, so that nothing that `answer` prints or reads can get between them.
+    The empty request asks whether the worker has started. What `answer` raises ends the worker.
+    """
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    _limit(memory_bytes)
+    for line in requests:
+        number, request = json.loads(line)
+        for standard in (0, 1, 2):  # every time, for the call before may have closed them
+            os.dup2(nothing, standard)
+        _limit_cpu(request.get("seconds", START_SECONDS))
+        reply = answer(request) if request else {}
+        replies.write(json.dumps([number, reply]).encode() + b"\n")
+        replies.flush()
+
+
+def _limit(memory_bytes: int) -> None:
+    if resource is None:
+        return
+    sizes = {"RLIMIT_AS": memory_bytes, "RLIMIT_FSIZE": FILE_BYTES, "RLIMIT_NOFILE": OPEN_FILES, "RLIMIT_CORE": 0}
+    for name, size in sizes.items():
+        _set_limit(getattr(resource, name), size, hard=True)
+
+
+def _limit_cpu(seconds: float) -> None:
+    """For one request: what spins on after it, in a thread or because the trainer is gone, ends by itself."""
+    if resource is not None:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        _set_limit(resource.RLIMIT_CPU, math.ceil(usage.ru_utime + usage.ru_stime + seconds) + 1, hard=False)
+
+
+def _set_limit(which: int, size: int, *, hard: bool) -> None:
+    ceiling = resource.getrlimit(which)[1]
+    size = size if ceiling == resource.RLIM_INFINITY else min(size, ceiling)
+    with contextlib.suppress(OSError, ValueError):  # macOS refuses to limit memory
+        resource.setrlimit(which, (size, size if hard else ceiling))
+
+
+def _answer(request: Request) -> dict[str, str]:
+    if "arguments" not in request:
+        return _load_answer(request["path"])
+    try:
+        return {"status": "ok", "text": result_text(_function(request["path"])(**request["arguments"]))}
+    except Exception as error:
+        return {"status": "error", "text": result_text(f"Error: {_words(error)}")}
+
+
+def _load_answer(path: str) -> dict[str, str]:
+    try:
+        _function(path)
+    except Exception as error:
+        return {"problem": result_text(_words(error))}
+    return {}
+
+
+@functools.cache
+def _function(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    if not callable(function):
+        raise TypeError(f"{name} is not a function")
+    return function
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+if __name__ == "__main__":
+    serve(_answer, MEMORY_BYTES)
