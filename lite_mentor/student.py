@@ -243,6 +243,7 @@ def _load(folder: Path, name: str, quant: str, device: str, dtype: torch.dtype):
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -251,10 +252,16 @@ def _load(folder: Path, name: str, quant: str, device: str, dtype: torch.dtype):
             f"--student {name} cannot be loaded from {folder} ({reason}); it must hold config.json, tokenizer.json "
             "and model.safetensors of a causal language model."
         ) from error
-    if info["missing_keys"]:
+    # Transformers would fill in what is missing with random numbers, and quantise a matrix of any shape.
+    damaged = {str(key) for key in info["missing_keys"]} | {key for key, *_ in info["mismatched_keys"]}
+    for module_name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+            damaged.add(f"{module_name}.weight")
+    if damaged:
         raise UserError(
-            f"--student {name}: the weights in {folder} lack {len(info['missing_keys'])} tensors, such as "
-            f"{min(info['missing_keys'])}; download or export the model again."
+            f"--student {name}: in {folder}, {len(damaged)} tensors are missing or have the wrong shape, such as "
+            f"{min(damaged)}; download or export the model again."
         )
     return model, tokenizer
 

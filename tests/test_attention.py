@@ -13,6 +13,8 @@ from lite_mentor.errors import UserError
 from lite_mentor.student import load_student
 from lite_mentor.tiny import tiny_student
 
+torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
+
 WINDOW = 8
 MODELS = {
     "llama": {},

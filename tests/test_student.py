@@ -1,0 +1,364 @@
+"""The student: what is frozen stays frozen, what is sampled is what is trained, and what cannot be right is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lite_mentor.attention import PackedPlan
+from lite_mentor.errors import UserError
+from lite_mentor.prompt import Chat
+from lite_mentor.student import compute_dtype, load_student
+from lite_mentor.tasks.tiny import generate
+from lite_mentor.tiny import tiny_student, tiny_tokenizer
+
+torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
+
+KINDS = [("none", "fp32"), ("none", "bf16"), ("nf4", "fp32"), ("nf4", "bf16")]
+IDS = torch.randint(300, (1, 20), generator=torch.Generator().manual_seed(3))
+POSITIONS = torch.arange(20)[None]
+
+
+def tiny(quant="none", dtype="fp32", **options):
+    return load_student("tiny", quant=quant, dtype=dtype, **options)
+
+
+def hidden(student, forward=None):
+    return (forward or student.hidden)(IDS, POSITIONS, PackedPlan([0], [-1], 20))
+
+
+def train(student, steps=1, seed=0):
+    """Move the adapters somewhere."""
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        for parameter in student.trainable():
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+def base_bytes(student):
+    return {n: t.clone() for n, t in student.base.state_dict().items() if "lora_" not in n}
+
+
+# What is trained
+
+
+@pytest.mark.parametrize(("quant", "dtype"), KINDS)
+def test_only_the_adapters_learn_and_in_float32(quant, dtype):
+    student = tiny(quant, dtype, lora_rank=4)
+    assert {p.dtype for p in student.trainable()} == {torch.float32}
+    assert sum(p.numel() for p in student.trainable()) == 3 * 4 * (4 * 128 + 2 * 128 + 2 * 64 + 3 * (128 + 384))
+    assert {id(p) for p in student.model.parameters() if p.requires_grad} == {id(p) for p in student.trainable()}
+    hidden(student).float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.trainable())
+    assert student.hidden(IDS, POSITIONS, PackedPlan([0], [-1], 20)).dtype == student.dtype
+    assert student.head_weight_VH.dtype == student.dtype
+    assert student.head_weight_VH.shape == (338, 128)
+
+
+@pytest.mark.parametrize(("quant", "dtype"), KINDS)
+def test_a_forward_without_gradients_leaves_later_gradients_alone(quant, dtype):
+    """bitsandbytes repacks 4-bit weights on a CPU into a layout without a backward when a module is in eval mode."""
+    grads = []
+    for look_first in (False, True):
+        student = tiny(quant, dtype)
+        train(student)
+        if look_first:
+            with torch.no_grad(), student.reference():
+                hidden(student)
+            student.rollout_logits(hidden(student, student.rollout_hidden))
+        hidden(student).float().square().sum().backward()
+        grads.append([p.grad for p in student.trainable()])
+    for clean, after in zip(*grads, strict=True):
+        assert clean.abs().max() > 0
+        assert torch.equal(clean, after)
+
+
+def test_nf4_gradients_are_those_of_the_dequantised_model(tmp_path):
+    """The 4-bit backward, against autograd through plain matrices that hold the same weights."""
+    student = tiny("nf4", "fp32")
+    student.refresh_rollout_weights()
+    plain = dict(student._rollout.model.state_dict())
+    folder = tiny_student(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.load_state_dict(plain)
+    model.save_pretrained(folder)
+    dense = load_student(str(folder), quant="none", dtype="fp32")
+    train(student)
+    train(dense)
+    for each in (student, dense):
+        hidden(each).square().sum().backward()
+    for a, b in zip(student.trainable(), dense.trainable(), strict=True):
+        assert (a.grad - b.grad).norm() < 1e-4 * b.grad.norm()
+
+
+def test_the_reference_is_the_model_without_adapters():
+    student = tiny("nf4", "fp32")
+    before = hidden(student)
+    train(student)
+    after = hidden(student)
+    with student.reference():
+        assert torch.equal(hidden(student), before)
+    assert torch.equal(hidden(student), after)
+    assert not torch.allclose(after, before, atol=1e-2)
+    with pytest.raises(KeyError), student.reference():
+        raise KeyError
+    hidden(student).sum().backward()
+    assert all(p.grad is not None for p in student.trainable())
+
+
+def test_a_seed_decides_the_adapters_and_nothing_else():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, again, other = tiny(seed=1), tiny(seed=1), tiny(seed=2)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(a, b) for a, b in zip(first.trainable(), again.trainable(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first.trainable(), other.trainable(), strict=True))
+    assert torch.equal(first.head_weight_VH, other.head_weight_VH)
+
+
+# What is sampled
+
+
+@pytest.mark.parametrize(("quant", "dtype"), KINDS)
+def test_rollout_weights_never_drift_and_the_base_never_changes(quant, dtype):
+    student = tiny(quant, dtype, lora_rank=4)
+    before = base_bytes(student)
+    buffers = [weight.data_ptr() for _, weight in student._rollout.layers]
+    for cycle in range(50):
+        train(student, seed=cycle)
+        student.refresh_rollout_weights()
+    assert base_bytes(student).keys() == before.keys()
+    assert all(torch.equal(t, before[n]) for n, t in base_bytes(student).items())
+    assert [weight.data_ptr() for _, weight in student._rollout.layers] == buffers
+    fresh = tiny(quant, dtype, lora_rank=4)
+    fresh.load_adapter_state(student.adapter_state())
+    for (_, long), (_, short) in zip(student._rollout.layers, fresh._rollout.layers, strict=True):
+        assert torch.equal(long, short)
+
+
+def test_a_rollout_weight_is_base_plus_scaled_product_rounded_once():
+    student = tiny("none", "bf16", lora_rank=4, lora_alpha=12)
+    train(student)
+    student.refresh_rollout_weights()
+    layer = student.base.model.layers[1].mlp.down_proj
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    want = layer.base_layer.weight.double() + 12 / 4 * (up.double() @ down.double())
+    got = student._rollout.model.model.layers[1].mlp.down_proj.weight
+    # At most one bf16 rounding (8 bits), and a float32 one that may tip it over.
+    assert ((got.double() - want).abs() <= want.abs() * 2**-8 * 1.001 + 1e-12).all()
+
+
+@pytest.mark.parametrize(("quant", "dtype", "atol"), [("none", "fp32", 2e-5), ("nf4", "fp32", 2e-5)])
+def test_what_is_sampled_is_what_is_trained(quant, dtype, atol):
+    student = tiny(quant, dtype)
+    train(student)
+    student.refresh_rollout_weights()
+    trained, sampled = hidden(student), hidden(student, student.rollout_hidden)
+    torch.testing.assert_close(sampled, trained, atol=atol, rtol=0)
+    want = trained.double() @ student.head_weight_VH.double().T
+    torch.testing.assert_close(student.rollout_logits(sampled).double(), want, atol=1e-3, rtol=0)
+
+
+def test_only_adapted_weights_are_copied():
+    student = tiny()
+    twin = dict(student._rollout.model.named_parameters(remove_duplicate=False))
+    for name, parameter in student.base.named_parameters(remove_duplicate=False):
+        if "lora_" not in name and "base_layer" not in name:
+            assert twin[name] is parameter
+    assert len(student._rollout.layers) == 3 * 7
+    assert not any("lora" in name for name, _ in student._rollout.model.named_modules())
+
+
+def test_rollout_logits_are_capped_and_scaled(tmp_path):
+    folder = tiny_student(
+        tmp_path, architecture="gemma2", attn_logit_softcapping=None, final_logit_softcapping=2.0, hidden_size=64
+    )
+    student = load_student(str(folder), quant="none", dtype="fp32")
+    assert (student.softcap, student.logit_scale) == (2.0, 1.0)
+    raw = hidden(student) @ student.head_weight_VH.T
+    torch.testing.assert_close(student.rollout_logits(hidden(student)), 2 * torch.tanh(raw / 2))
+    assert raw.abs().max() > 3
+    granite = load_student(
+        str(tiny_student(tmp_path / "g", architecture="granite", logits_scaling=8.0)), quant="none", dtype="fp32"
+    )
+    assert (granite.softcap, granite.logit_scale) == (None, 0.125)
+    raw = hidden(granite) @ granite.head_weight_VH.T
+    torch.testing.assert_close(granite.rollout_logits(hidden(granite)), raw / 8)
+
+
+# What is kept
+
+
+def test_adapters_go_out_and_come_back():
+    student, other = tiny(seed=1), tiny(seed=2)
+    train(student)
+    other.load_adapter_state({n: t.clone() for n, t in student.adapter_state().items()})
+    assert torch.equal(hidden(student), hidden(other))
+    student.refresh_rollout_weights()
+    assert torch.equal(hidden(student, student.rollout_hidden), hidden(other, other.rollout_hidden))
+
+
+@pytest.mark.parametrize("wrong", ["rank", "missing", "renamed", "dtype"])
+def test_adapters_of_another_model_are_refused(wrong):
+    student = tiny(lora_rank=4)
+    state = tiny(lora_rank=8 if wrong == "rank" else 4).adapter_state()
+    name = next(iter(state))
+    if wrong == "missing":
+        del state[name]
+    if wrong == "renamed":
+        state["x"] = state.pop(name)
+    if wrong == "dtype":
+        state[name] = state[name].half()
+    with pytest.raises(UserError, match="another student or another --lora-rank"):
+        student.load_adapter_state(state)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_a_saved_adapter_loads_in_plain_peft(tmp_path, architecture):
+    folder = tiny_student(tmp_path / "base", architecture=architecture)
+    student = load_student(str(folder), quant="none", dtype="fp32", lora_rank=4)
+    train(student)
+    student.save_adapter(tmp_path / "adapter")
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder)
+    assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (4, 32, True)
+    assert sorted(config["target_modules"]) == [
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    want = hidden(student) @ student.head_weight_VH.T
+    torch.testing.assert_close(model(input_ids=IDS).logits[0], want, atol=2e-5, rtol=0)
+    hidden(student).sum().backward()  # saving has not frozen the student
+
+
+# What is refused
+
+
+def spoil(folder, how):
+    weights = folder / "model.safetensors"
+    config = json.loads((folder / "config.json").read_text())
+    if how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "config is not JSON":
+        (folder / "config.json").write_text("{")
+    elif how == "unknown architecture":
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
+    elif how == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "weights are no safetensors":
+        weights.write_bytes(b"garbage" * 100)
+    elif how == "pickled weights":
+        torch.save(load_file(weights), folder / "pytorch_model.bin")
+        weights.unlink()
+    elif how == "a tensor is missing":
+        tensors = load_file(weights)
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif how == "a tensor has another shape":
+        tensors = load_file(weights)
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif how == "foreign code":
+        config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
+        (folder / "evil.py").write_text("raise SystemExit('ran')")
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["no config", "config is not JSON", "unknown architecture", "no tokenizer", "no weights", "truncated weights",
+     "weights are no safetensors", "pickled weights", "a tensor is missing", "a tensor has another shape",
+     "foreign code"],
+)  # fmt: skip
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_a_damaged_folder_is_refused_in_a_sentence(tmp_path, how, quant):
+    folder = tiny_student(tmp_path / "student")
+    spoil(folder, how)
+    with pytest.raises(UserError) as error:
+        load_student(str(folder), quant=quant, dtype="fp32")
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_copied_folder_is_the_same_student(tmp_path):
+    folder = tiny_student(tmp_path / "a")
+    shutil.copytree(folder, tmp_path / "b")
+    one, two = (load_student(str(tmp_path / n), quant="none", dtype="fp32") for n in "ab")
+    assert torch.equal(hidden(one), hidden(two))
+    assert torch.equal(hidden(one), hidden(tiny()))
+
+
+def test_the_end_of_a_turn(tmp_path):
+    assert tiny().eos_ids == (257,)
+    folder = tiny_student(tmp_path)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [10, 257, 11]}))
+    assert load_student(str(folder), quant="none", dtype="fp32").eos_ids == (257, 10, 11)
+
+
+def test_the_compute_dtype():
+    assert compute_dtype("cpu", "bf16") is torch.bfloat16
+    assert compute_dtype("cpu", "fp32") is torch.float32
+    assert compute_dtype("cpu") in (torch.bfloat16, torch.float32)
+
+
+def test_a_student_describes_itself():
+    assert tiny("nf4", "bf16", lora_rank=4).describe() == (
+        "tiny (random weights): 0.6 M parameters, NF4, bfloat16 on cpu; training 0.03 M in adapters of rank 4"
+    )
+
+
+# The tiny student's tokenizer
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text())
+def test_any_text_survives_the_tiny_tokenizer(text):
+    text = text.encode("utf-8", "replace").decode()
+    tokenizer = _TOKENIZER
+    assert tokenizer.decode(tokenizer.encode(text, split_special_tokens=True)) == text
+
+
+_TOKENIZER = tiny_tokenizer()
+
+
+def test_bytes_are_their_own_ids():
+    plain = bytes(b for b in range(128) if chr(b) not in "aA")
+    assert _TOKENIZER.encode("A") == [65]
+    assert _TOKENIZER.encode("é") == [0xC3, 0xA9]
+    assert [_TOKENIZER.encode(chr(b)) for b in plain] == [[b] for b in plain]
+    assert _TOKENIZER.all_special_ids == [257, 256]
+    assert _TOKENIZER.encode("<|im_end|>") == [257]
+    assert 257 not in _TOKENIZER.encode("<|im_end|>", split_special_tokens=True)
+
+
+def test_a_tiny_prompt_is_short_and_a_call_few_tokens():
+    example = generate("train", size=1, seed=0, levels=(1,))[0]
+    ids = Chat(_TOKENIZER).prompt_ids(example)
+    assert len(ids) < 160
+    call = '<tool_call>{"name": "subtract", "arguments": {"a": 36, "b": 26}}</tool_call>'
+    assert len(_TOKENIZER.encode(call)) == 11
