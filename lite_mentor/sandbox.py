@@ -99,10 +99,11 @@ class Worker:
         self._number += 1
         line = json.dumps([self._number, payload]).encode() + b"\n"
         received: list[bytes] = []
-        self._thread = threading.Thread(target=_write_and_read, args=(self._process, line, received), daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=_write_and_read, args=(self._process, line, received), daemon=True)
+        thread.start()
+        self._thread = thread
         try:
-            self._thread.join(timeout_s)
+            thread.join(timeout_s)
         except KeyboardInterrupt:  # an answer that comes late must not be taken for the next one
             self._kill()
             raise

@@ -1,0 +1,192 @@
+"""Tools that misbehave in every way we could think of; after each, the same sandbox adds two numbers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sample_tools import add
+
+from lite_mentor.errors import UserError
+from lite_mentor.sandbox import Sandbox, Worker
+from lite_mentor.tools import run_call, tool_spec
+
+ADD = "sample_tools:add"
+ENDED = "Error: the tool ended its process or broke a limit."
+needs_limits = pytest.mark.skipif(os.name == "nt", reason="Windows has no resource limits")
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(workers=1) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def call(sandbox):
+    """Calls a sample tool; whatever it did, the next call must work."""
+    yield lambda name, **arguments: sandbox.call(f"sample_tools:{name}", arguments)
+    assert sandbox.call(ADD, {"a": 1, "b": 2}) == ("ok", "3")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("add", {"a": 0.5, "b": 1.5}, ("ok", "2")),
+        ("thirds", {}, ("ok", "0.3333333333, 12, true, x")),
+        ("echo", {"text": "né\n\u2028 \ud800"}, ("ok", "né\n\u2028 \ud800")),
+        ("echo", {"text": "x" * 300_000}, ("ok", "x" * 800 + "... [299200 more characters]")),
+        ("huge", {}, ("ok", "x" * 800 + "... [4999200 more characters]")),
+        ("divide_by_zero", {}, ("error", "Error: ZeroDivisionError: division by zero")),
+        ("cannot_be_shown", {}, ("error", "Error: ValueError: no")),
+        ("echo", {}, ("error", "Error: TypeError: echo() missing 1 required positional argument: 'text'")),
+        ("loud", {}, ("ok", "quiet")),
+        ("read_input", {}, ("ok", "''")),
+        ("close_standard", {}, ("ok", "closed")),
+        ("close_everything", {}, ("error", ENDED)),
+        ("leave", {}, ("error", ENDED)),
+        ("leave_politely", {}, ("error", ENDED)),
+        ("angry", {}, ("error", ENDED)),
+        ("forge", {}, ("error", ENDED)),
+    ],
+)
+def test_every_end_of_a_call(call, name, arguments, expected):
+    assert call(name, **arguments) == expected
+
+
+def test_long_errors_are_cut_visibly(call):
+    status, text = call("huge_error")
+    assert status == "error"
+    assert text.startswith("Error: ValueError: xxx")
+    assert text.endswith("more characters]")
+    assert len(text) < 900
+
+
+def test_endless_recursion_is_an_error(call):
+    status, text = call("recurse")
+    assert status == "error"
+    assert text == ENDED or text.startswith("Error: RecursionError")
+
+
+@needs_limits
+def test_memory_is_limited(call):
+    assert call("ten_gigabytes") == ("error", "Error: MemoryError")
+
+
+@needs_limits
+def test_file_size_is_limited(call, tmp_path):
+    path = tmp_path / "huge"
+    status, text = call("huge_file", path=str(path))
+    assert (status, text.split(":")[1]) == ("error", " OSError")
+    assert path.stat().st_size <= 64 << 20
+
+
+@needs_limits
+def test_open_files_are_limited(call):
+    status, text = call("many_files")
+    assert status == "error"
+    assert "Too many open files" in text
+
+
+def test_an_endless_call_times_out():
+    with Sandbox(workers=1, timeout_s=1.0) as sandbox:
+        assert sandbox.call(ADD, {"a": 1, "b": 2}) == ("ok", "3")
+        process = sandbox._workers[0]._process
+        assert sandbox.call("sample_tools:loop", {}) == ("timeout", "Error: the tool took longer than 1 s.")
+        assert process.returncode is not None
+        assert sandbox.call(ADD, {"a": 1, "b": 2}) == ("ok", "3")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups")
+def test_what_a_tool_started_ends_with_it():
+    with socket.create_server(("127.0.0.1", 0)) as server, Sandbox(workers=1, timeout_s=2.0) as sandbox:
+        server.settimeout(30)
+        status, _ = sandbox.call("sample_tools:loop_in_child", {"port": server.getsockname()[1]})
+        assert status == "timeout"
+        connection, _ = server.accept()
+        with connection:
+            connection.settimeout(30)
+            assert connection.recv(1) == b""
+
+
+def test_a_loop_left_behind_does_not_stop_the_next_call(call):
+    assert call("leave_a_loop_behind") == ("ok", "left")
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("sample_tools:missing", "AttributeError: module 'sample_tools' has no attribute 'missing'"),
+        ("no_such_module:tool", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("sample_tools:not_a_function", "TypeError: not_a_function is not a function"),
+        ("", "ValueError: Empty module name"),
+    ],
+)
+def test_a_tool_that_cannot_be_loaded_stops_the_run(sandbox, path, reason):
+    with pytest.raises(UserError) as caught:
+        sandbox.call(path, {})
+    assert str(caught.value) == f"The tool {path} cannot be loaded in the sandbox ({reason}); put its module right."
+    assert sandbox.call(ADD, {"a": 1, "b": 2}) == ("ok", "3")
+
+
+@pytest.mark.parametrize("body", ["import os; os._exit(0)", "raise SystemExit"])
+def test_a_module_that_ends_the_process_stops_the_run(tmp_path, monkeypatch, body):
+    (tmp_path / "deadly_module.py").write_text(body, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Sandbox(workers=1) as sandbox, pytest.raises(UserError, match="importing it ended the process"):
+        sandbox.call("deadly_module:tool", {})
+
+
+def test_secrets_of_the_environment_stay_here(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with Sandbox(workers=1) as sandbox:
+        status, names = sandbox.call("sample_tools:environment", {})
+    assert status == "ok"
+    assert {"PATH", "PYTHONPATH"} <= set(names.split())
+    assert "HF_TOKEN" not in names
+    assert "HOME" not in names.split()
+
+
+def test_workers_start_when_needed_and_are_reused():
+    with Sandbox(workers=3) as sandbox:
+        assert [worker.pid for worker in sandbox._workers] == [None, None, None]
+        assert [sandbox.call("sample_tools:count", {}) for _ in range(3)] == [("ok", "1"), ("ok", "2"), ("ok", "3")]
+        assert sum(worker.pid is not None for worker in sandbox._workers) == 1
+
+
+def test_calls_from_many_threads_get_their_own_answers():
+    with Sandbox(workers=2) as sandbox, ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: sandbox.call(ADD, {"a": i, "b": 0}), range(100)))
+    assert found == [("ok", str(i)) for i in range(100)]
+
+
+def test_closing_ends_the_workers_and_a_call_in_flight():
+    sandbox = Sandbox(workers=1)
+    sandbox.call(ADD, {"a": 1, "b": 2})
+    (worker,) = sandbox._workers
+    process, results = worker._process, []
+    thread = threading.Thread(target=lambda: results.append(sandbox.call("sample_tools:loop", {})))
+    thread.start()
+    while thread.is_alive() and worker._number < 5:  # started, loaded and called `add`; loaded and called `loop`
+        pass
+    sandbox.close()
+    sandbox.close()
+    thread.join()
+    assert results == [("error", ENDED)]
+    assert process.poll() is not None
+    with pytest.raises(RuntimeError, match="closed"):
+        sandbox.call(ADD, {"a": 1, "b": 2})
+
+
+def test_a_worker_that_does_not_start_is_a_loud_error():
+    with pytest.raises(RuntimeError, match=r"-m lite_mentor\.errors` does not start"):
+        Worker("lite_mentor.errors").request({}, 1.0)
+
+
+def test_the_sandbox_runs_the_calls_of_a_student(sandbox):
+    spec = tool_spec(add, path=ADD)
+    call = run_call('{"name": "add", "arguments": {"a": 2, "b": 3.5}}', [spec], run_path=sandbox.call)
+    assert (call.status, call.result) == ("ok", "5.5")
