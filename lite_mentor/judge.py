@@ -22,8 +22,8 @@ VERIFY_SECONDS = 5.0
 MEMORY_BYTES = 2 << 30
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
 HALF_A_CENT = Fraction(1, 200)
-PRINTED_IN_FULL = 10**20
-"""Below this, tools print whole numbers with all their digits."""
+PRINTED_IN_FULL = {"whole": 10**20, "broken": 10**15}
+"""Below these, tools print whole numbers with all their digits and others with at least their cents."""
 
 _log = logging.getLogger(__name__)
 _worker = Worker("lite_mentor.judge")
@@ -48,7 +48,7 @@ def is_correct(answer: str | None, gold: tuple[str, ...], checker: Literal["math
 
     math: two numbers are compared exactly, but for a millionth of the accepted one and at most half a cent: tools
     print about ten significant digits and a chain of calls loses a few of them, while one unit too much or a missing
-    cent must stay wrong. (From 10^20 on tools print ten digits of whole numbers too, so the millionth counts alone.)
+    cent must stay wrong. (Numbers so large that tools print only ten digits have the millionth alone.)
     A percent sign means hundredths, or nothing if only one of the two has it: 50% is 0.5, and 50; 0.5 is not 50.
     Units in \\text{} are dropped. What is not a number is right if math-verify says so within its limits.
 
@@ -126,7 +126,7 @@ def _same_mathematics(answer: str, accepted: str) -> bool:
 
 def _close(found: Fraction, expected: Fraction) -> bool:
     tolerance = abs(expected) * RELATIVE_TOLERANCE
-    if abs(expected) < PRINTED_IN_FULL:
+    if abs(expected) < PRINTED_IN_FULL["whole" if expected.denominator == 1 else "broken"]:
         tolerance = min(tolerance, HALF_A_CENT)
     return abs(found - expected) <= tolerance
 
@@ -189,13 +189,13 @@ def _math_verify(answer: str, accepted: str) -> bool:
 
 
 def _serve() -> None:
-    from math_verify import parse, verify
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    def read(text: str) -> list[Any]:
+        return parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None)
 
     def answer(request: Request) -> dict[str, Any]:
-        accepted, given = (
-            parse(f"\\boxed{{{request[side]}}}", parsing_timeout=None) for side in ("accepted", "answer")
-        )
-        return {"correct": bool(verify(accepted, given, timeout_seconds=None))}
+        return {"correct": verify(read(request["accepted"]), read(request["answer"]), timeout_seconds=None)}
 
     serve(answer, MEMORY_BYTES)
 

@@ -1,0 +1,353 @@
+"""The judge, garbage first: what must be wrong, what must be right, and what must not hang."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from decimal import Decimal
+from fractions import Fraction
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lite_mentor import judge
+from lite_mentor.calculators import number_text
+from lite_mentor.judge import boxed, is_correct
+
+HOSTILE = "9^{9^{9^9}}"
+
+
+@pytest.fixture
+def no_worker(monkeypatch):
+    """Whatever is decided here is decided without a process."""
+
+    def fail(*_):
+        raise AssertionError("asked math-verify")
+
+    monkeypatch.setattr(judge, "_math_verify", fail)
+
+
+# --- boxed -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("", None),
+        ("no box", None),
+        ("\\boxed", None),
+        ("\\boxed 5", None),
+        ("\\boxed{", None),
+        ("\\boxed{5", None),
+        ("\\boxed{{5}", None),
+        ("\\boxed{1} \\boxed{2", None),
+        ("boxed{5}", None),
+        ("\\boxed{}", ""),
+        ("\\boxed{ }", " "),
+        ("\\boxed{5}", "5"),
+        ("\\boxed{5}}", "5"),
+        ("\\boxed{1} then \\boxed{2} done", "2"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{a\nb}", "a\nb"),
+        ("\\boxed{\\boxed{5}}", "5"),
+    ],
+)
+def test_boxed(text, content):
+    assert boxed(text) == content
+
+
+def test_boxed_is_linear():
+    million = 1_000_000
+    assert boxed("\\boxed{" * million) is None
+    assert boxed("\\boxed{" + "{" * million) is None
+    assert boxed("\\boxed{" + "{" * million + "}" * million) is None
+    assert boxed("\\boxed{" + "{" * million + "}" * (million + 1)) == "{" * million + "}" * million
+    assert boxed("{" * million + "\\boxed{5}") == "5"
+    assert boxed("\\boxed{" * million + "7" + "}" * million) == "7"
+
+
+@given(st.text(alphabet="{}\\boxed a5", max_size=60))
+def test_what_boxed_finds_is_balanced_and_last(text):
+    content = boxed(text)
+    if content is not None:
+        assert f"\\boxed{{{content}}}" in text
+        assert content.count("{") == content.count("}")
+        assert "\\boxed{" not in content
+
+
+# --- garbage is wrong ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checker", ["math", "text"])
+@pytest.mark.parametrize(
+    "answer", [None, "", " ", "\n", "$", ".", "5" * 201, " " * 200 + "5", "\x00", "\ud800", "{", "}"]
+)
+def test_nothing_is_never_right(answer, checker):
+    assert not is_correct(answer, ("5", "", " ", "$$", "the"), checker)
+
+
+@pytest.mark.parametrize("checker", ["math", "text"])
+def test_without_an_accepted_answer_nothing_is_right(checker):
+    assert not is_correct("5", (), checker)
+    assert not is_correct("", ("",), checker)
+
+
+@given(st.text(max_size=60))
+def test_no_text_without_a_digit_is_a_number(text):
+    assert judge._number(judge._clean(text)) is None or any(c in "0123456789" for c in text)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted"),
+    [
+        ("5", "6"),
+        ("-5", "5"),
+        ("5", "-5"),
+        ("5", "0.5"),
+        ("50", "0.5"),
+        ("0.5", "50"),
+        ("50%", "5"),
+        ("5%", "500"),
+        ("0.005", "50%"),
+        ("1000001", "1000000"),
+        ("12345678901234567891", "12345678901234567890"),
+        ("1234567", "1234567.89"),
+        ("1234567.88", "1234567.89"),
+        ("0.333", "1/3"),
+        ("0.33333", "1/3"),
+        ("1e-9", "0"),
+        ("1/2", "2"),
+        ("12 million", "12"),
+        ("12\\text{ million}", "12"),
+        ("12\\text{ thousand}", "12000000"),
+        ("1,234", "1.234"),
+        ("1 1/2", "5.5"),
+        ("1e999", "1e998"),
+    ],
+)
+def test_two_different_numbers(answer, accepted, no_worker):
+    assert not is_correct(answer, (accepted,), "math")
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted"),
+    [
+        ("5", "5"),
+        (" 5 ", "5"),
+        ("5.", "5"),
+        ("5.00", "5"),
+        ("+5", "5"),
+        ("005", "5"),
+        (".5", "0.5"),
+        ("-0", "0"),
+        ("−5", "-5"),
+        ("- 5", "-5"),
+        ("$5$", "5"),
+        ("\\(5\\)", "5"),
+        ("\\[5\\]", "5"),
+        ("$5", "5"),
+        ("\\$5", "5"),
+        ("-$5", "-5"),
+        ("$-5", "-5"),
+        ("£5", "5"),
+        ("5 €", "5"),
+        ("$1,234.50", "1234.5"),
+        ("1{,}234", "1234"),
+        ("1\\,234", "1234"),
+        ("1\\,234\\,567", "1234567"),
+        ("1,234,567", "1234567"),
+        ("\\text{5}", "5"),
+        ("\\mathrm{5}", "5"),
+        ("5\\text{ cm}", "5"),
+        ("5\\,\\text{cm}", "5"),
+        ("5\\ \\mathrm{m}^2", "5"),
+        ("50%", "50%"),
+        ("50\\%", "50"),
+        ("50%", "0.5"),
+        ("50%", "\\frac{1}{2}"),
+        ("0.5", "50%"),
+        ("50 percent", "50%"),
+        ("50\\text{ percent}", "50%"),
+        ("50", "50%"),
+        ("0.5%", "0.5"),
+        ("1/2", "0.5"),
+        ("-1/2", "-0.5"),
+        ("1/-2", "-0.5"),
+        ("2/4", "1/2"),
+        ("\\frac{1}{2}", "1/2"),
+        ("\\dfrac{1}{2}", "0.5"),
+        ("\\frac12", "0.5"),
+        ("-\\frac{3}{4}", "-0.75"),
+        ("\\frac{-3}{4}", "-0.75"),
+        ("\\frac{1,000}{8}", "125"),
+        ("1 1/2", "1.5"),
+        ("1\\frac{1}{2}", "1.5"),
+        ("-1 1/2", "-1.5"),
+        ("\\left5\\right", "5"),
+        ("1e3", "1000"),
+        ("1.5e-3", "0.0015"),
+        ("1.5\\times 10^{3}", "1500"),
+        ("2 \\cdot 10^-2", "0.02"),
+        ("1.2 million", "1200000"),
+        ("$3 billion", "3,000,000,000"),
+        ("0.3333333333", "1/3"),
+        ("1.414213562", "1.41421356237"),
+        ("2.9999999997", "3"),
+        ("12345678.91", "12345678.9123"),
+        ("1.234567890e24", "1234567890123456789012345"),
+    ],
+)
+def test_the_same_number(answer, accepted, no_worker):
+    assert is_correct(answer, (accepted,), "math")
+
+
+def test_any_accepted_answer_will_do(no_worker):
+    assert is_correct("7", ("5", "6", "7"), "math")
+    assert not is_correct("8", ("5", "6", "7"), "math")
+
+
+@given(st.integers(-(10**30), 10**30), st.integers(1, 10**6))
+def test_a_fraction_is_exact(above, below):
+    value = Fraction(above, below)
+    assert judge._number(f"{above}/{below}") == (value, False)
+    assert judge._number(f"\\frac{{{above}}}{{{below}}}") == (value, False)
+    assert judge._number(f"{above:,}") == (above, False)
+
+
+@given(
+    st.one_of(
+        st.decimals(-(10**25), 10**25, places=3),
+        st.fractions(max_denominator=1000).map(lambda f: Decimal(f.numerator) / f.denominator),
+    )
+)
+@example(Decimal("123456789012345.675"))
+@example(Decimal("1234567890123456.5"))
+@example(Decimal("99999999999999999999"))
+@example(Decimal("123456789012345678901"))
+def test_what_a_tool_prints_is_right(value):
+    """A student that copies a tool's result is right, however many digits were not printed."""
+    assert judge._close(judge._number(number_text(value))[0], Fraction(value))
+
+
+@given(st.text(alphabet="0123456789.,/-+%eE$\\frac{} ^*text", max_size=40))
+def test_reading_a_number_never_fails(text):
+    number = judge._number(judge._clean(text))
+    assert number is None or isinstance(number[0], (int, Fraction))
+
+
+# --- math-verify -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "right"),
+    [
+        ("5 or 7", "7", False),
+        ("7$ or $8", "7", False),
+        ("\\(7\\) \\(8\\)", "7", False),
+        ("7}, \\boxed{8", "8", False),
+        ("the answer is 7", "7", False),
+        ("2x+3", "3", False),
+        ("1,5", "15", False),
+        ("0,123", "123", False),
+        ("5 pi", "5", False),
+        ("1/0", "0", False),
+        ("1/0", "1", False),
+        ("abc", "5", False),
+        ("5 | 7", "7", False),
+        ("5 \\to 7", "7", False),
+        ("5 \\lor 7", "7", False),
+        ("5 \\neq 7", "7", False),
+        ("5, 7", "7", False),
+        ("x<7", "7", False),
+        ("100000!", "1", False),
+        ("1\\text{ or }7", "7", False),
+        ("x=5", "5", True),
+        ("\\sqrt{4}", "2", True),
+        ("2\\sqrt{3}", "\\sqrt{12}", True),
+        ("x^2+2x+1", "(x+1)^2", True),
+        ("(1,2)", "(1,2)", True),
+        ("\\{2,1\\}", "\\{1, 2\\}", True),
+        ("2\\pi", "\\pi", False),
+    ],
+)
+def test_what_is_not_a_number_goes_to_math_verify(answer, accepted, right):
+    assert is_correct(answer, (accepted,), "math") is right
+
+
+def test_the_worker_starts_lazily_is_reused_and_survives(monkeypatch):
+    worker = judge.Worker("lite_mentor.judge")
+    monkeypatch.setattr(judge, "_worker", worker)
+    monkeypatch.setattr(judge, "VERIFY_SECONDS", 2.0)
+    judge._math_verify.cache_clear()
+    try:
+        assert is_correct("5", ("5",), "math")
+        assert worker.pid is None
+        assert is_correct("\\sqrt{9}", ("3",), "math")
+        first = worker.pid
+        assert is_correct("\\sqrt{16}", ("4",), "math")
+        assert worker.pid == first
+        assert not is_correct(HOSTILE, ("3",), "math")
+        assert worker.pid is None
+        assert not is_correct(HOSTILE, ("3",), "math")
+        assert worker.pid is None  # the verdict is remembered
+        assert is_correct("\\sqrt{25}", ("5",), "math")
+        assert worker.pid not in (None, first)
+    finally:
+        worker.close()
+
+
+def test_the_worker_ends_with_the_process():
+    code = "from lite_mentor import judge; judge.is_correct('x', ('y',), 'math'); print(judge._worker.pid)"
+    path = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    if os.name == "posix":
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(done.stdout), 0)
+
+
+# --- text ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "right"),
+    [
+        ("Paris", "London", False),
+        ("Paris and London", "Paris", False),
+        ("1.5", "15", False),
+        ("-5", "5", False),
+        ("3", "-3", False),
+        ("!!!", "...", False),
+        ("the", "a", False),
+        ("A", "B", False),
+        ("paris", "Paris", True),
+        ("The Eiffel Tower.", "eiffel tower", True),
+        ("  the   United\tStates ", "United States", True),
+        ("U.S.", "US", True),
+        ("Jean-Luc", "Jean Luc", True),
+        ("O'Brien", "OBrien", True),
+        ("“Hamlet”", "Hamlet", True),
+        ("Yes!", "yes", True),
+        ("A", "a.", True),
+        ("(B)", "B", True),
+        ("1,000", "1000", True),
+        ("about −5.5", "about -5.5", True),
+        ("1990-1995", "1990 1995", True),
+        ("STRASSE", "straße", True),
+        ("हिन्दी", "हिन्दी", True),
+        ("हिन्दी", "हन्द", False),
+    ],
+)
+def test_text(answer, accepted, right):
+    assert is_correct(answer, ("something else", accepted), "text") is right
+
+
+@given(st.text(alphabet="bcxé019 -.!", max_size=50))
+def test_text_equals_itself_in_any_case_with_articles_and_spaces(text):
+    assert is_correct(f"  The {text.upper()} a !", (text,), "text") is bool(judge._words(text))
