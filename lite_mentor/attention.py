@@ -102,20 +102,24 @@ class PackedPlan:
 
     def _by_segment(self, query, key, value, scaling: float, window: int | None) -> torch.Tensor:
         queries, keys, values = (x.split(self.lengths, dim=2) for x in (query, key, value))
+        heads, kv_heads, how = query.shape[1], key.shape[1], dict(scale=scaling)
         out = []
-        for s, (path, mask) in enumerate(zip(self.paths, self._segment_masks(window), strict=True)):
+        for s, (path, mask) in enumerate(zip(self.paths, self._segment_masks(window, heads // kv_heads), strict=True)):
             k, v = (x[s] if len(path) == 1 else torch.cat([x[a] for a in path], 2) for x in (keys, values))
-            out.append(
-                F.scaled_dot_product_attention(
-                    queries[s], k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-                )
-            )
+            if mask is None:
+                got = F.scaled_dot_product_attention(queries[s], k, v, is_causal=True, enable_gqa=True, **how)
+            else:
+                # The query heads that share a KV head become rows of one head: fewer and fuller blocks.
+                rows = queries[s].reshape(1, kv_heads, -1, query.shape[3])
+                got = F.scaled_dot_product_attention(rows, k, v, mask, **how).view(queries[s].shape)
+            out.append(got)
         return torch.cat(out, 2)
 
-    def _segment_masks(self, window: int | None) -> list[torch.Tensor | None]:
-        """A bool [Q, K] for each segment; None where plain causal attention says the same."""
+    def _segment_masks(self, window: int | None, repeats: int) -> list[torch.Tensor | None]:
+        """A bool [repeats * Q, K] for each segment; None where plain causal attention says the same."""
         if window not in self._masks:
-            self._masks[window] = [self._segment_mask(path, window) for path in self.paths]
+            masks = [self._segment_mask(path, window) for path in self.paths]
+            self._masks[window] = [None if mask is None else mask.repeat(repeats, 1) for mask in masks]
         return self._masks[window]
 
     def _segment_mask(self, path: list[int], window: int | None) -> torch.Tensor | None:

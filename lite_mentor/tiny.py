@@ -52,7 +52,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_student(
-    folder: Path, *, architecture: str = "llama", tied: bool = True, seed: int = 0, **config: object
+    folder: Path, *, architecture: str = "llama", tied: bool = False, seed: int = 0, **config: object
 ) -> Path:
     """Write a random student to `folder`, the same one for the same arguments, and return the folder.
 
@@ -78,9 +78,9 @@ def tiny_student(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes | config))
         # The head stays frozen and random, so its rows must be long enough for a confident softmax: a normalised
-        # hidden state along a row of length 2.3 has a logit of 26, and of -2.3 to 2.3 with the others.
-        for embedding in {model.get_input_embeddings(), model.get_output_embeddings()}:
-            torch.nn.init.normal_(embedding.weight, std=0.2)
+        # hidden state along a row of length 5.7 has a logit of 64, and of -6 to 6 with the others.
+        for embedding in dict.fromkeys((model.get_input_embeddings(), model.get_output_embeddings())):
+            torch.nn.init.normal_(embedding.weight, std=0.5)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)

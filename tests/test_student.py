@@ -328,7 +328,7 @@ def test_the_compute_dtype():
 
 def test_a_student_describes_itself():
     assert tiny("nf4", "bf16", lora_rank=4).describe() == (
-        "tiny (random weights): 0.6 M parameters, NF4, bfloat16 on cpu; training 0.03 M in adapters of rank 4"
+        "tiny (random weights): 0.7 M parameters, NF4, bfloat16 on cpu; training 0.03 M in adapters of rank 4"
     )
 
 
