@@ -1,7 +1,8 @@
-"""Fills the teacher's cache: shows every example to a teacher once, and keeps its finished trajectory.
+r"""Fills the teacher's cache: shows every example to a teacher once, and keeps its finished trajectory.
 
     python -m lite_mentor.teach --suite math --size 2000 --source oracle --out cache/math
-    python -m lite_mentor.teach --suite tasks.jsonl --source endpoint --base-url http://localhost:8000/v1 --model M --out ...
+    python -m lite_mentor.teach --suite tasks.jsonl --source endpoint --base-url http://localhost:8000/v1 \
+        --model MODEL --out cache/tasks
 
 Appends, skips what is there, and may be killed and started again at any time. train.py never imports this: it reads
 the cache. Every trajectory's calls are executed here and its answer is judged here, whoever the teacher is.
@@ -9,14 +10,16 @@ the cache. Every trajectory's calls are executed here and its answer is judged h
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import dataclasses
+import itertools
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,12 +33,16 @@ from lite_mentor.prompt import ASK_FOR_BOX, CALL_CLOSE, CALL_OPEN, json_schema
 from lite_mentor.sandbox import Sandbox
 from lite_mentor.tasks import load_suite, resolve_arguments
 from lite_mentor.tasks.jsonl import read_tasks
-from lite_mentor.teacher import FORMAT, parse_record, read_manifest, render_record, seal
+from lite_mentor.teacher import Manifest, append_to, seal
 from lite_mentor.tools import render_call, run_call
 from lite_mentor.types import Example, TeacherRecord, ToolCall
 
+RETRIES = 8
+MAX_PROMPT_TOKENS = 2048
+
 RunCall = Callable[[str, Example], ToolCall]
-Ask = Callable[[Example], TeacherRecord]
+Ask = Callable[[Sequence[Example]], Generator[TeacherRecord, None, None]]
+"""Asks the teacher -> a record of each example, in any order."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Options:
     suite: str = "math"
     """A built-in suite, or a path to a .jsonl or .parquet file."""
     source: Literal["oracle", "endpoint", "local"] = "oracle"
-    """oracle: the built-in tasks' own solutions. endpoint: an OpenAI-compatible server. local: a model on this machine."""
+    """oracle: the built-in tasks' own solutions. endpoint: an OpenAI-compatible server. local: a model run here."""
     split: Literal["train", "validation", "test"] = "train"
     """Of a built-in suite."""
     size: int = 2000
@@ -56,93 +63,74 @@ class Options:
     """Difficulties of a built-in suite; none given: all."""
     seed: int = 0
     """Of a built-in suite."""
-    model: str = ""
-    """endpoint: the model's name there. local: a folder or hub id."""
+    student: str = ""
+    """local: the model, a folder or a hub id. It answers greedily."""
     base_url: str = ""
     """endpoint: where the server answers; its key is read from OPENAI_API_KEY."""
+    model: str = ""
+    """endpoint: the model's name there."""
     temperature: float = 0.6
     """endpoint: of the teacher's sampling."""
     max_turns: int = 8
     """endpoint and local: assistant turns in a trajectory."""
     max_new_tokens: int = 2048
-    """endpoint: tokens of a turn. local: of all turns."""
+    """endpoint: tokens of a turn, 0 to let the server decide. local: tokens of all turns and results together."""
     concurrency: int = 8
-    """endpoint: examples in flight."""
-    requests_per_minute: float = 0
+    """endpoint and local: examples under way at the same time."""
+    requests_per_minute: float = 0.0
     """endpoint: no faster than this; 0 is no limit."""
 
 
-def fill(options: Options, examples: Sequence[Example], ask: Callable[[Sequence[Example]], Iterable[TeacherRecord]]):
-    """Append a record for every example that has none yet; then, and only then, the manifest is made to match.
-
-    Raises UserError when the folder holds another teacher's records.
-    """
-    teacher = teacher_name(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if (options.out / "manifest.json").exists():
-        manifest = read_manifest(options.out)
-        if (manifest["teacher"], manifest["suite"]) != (teacher, options.suite):
-            raise UserError(
-                f"{options.out} holds records of {manifest['teacher']} on {manifest['suite']}, not of {teacher} on "
-                f"{options.suite}; choose another --out."
-            )
-    path = options.out / "records.jsonl"
-    done = {record.example_key: record.correct for record in repair(path)}
-    todo = [example for example in examples if example.key not in done]
-    with open(path, "ab") as file, Progress(disable=not sys.stdout.isatty()) as progress:
-        task = progress.add_task(f"{teacher} on {options.suite}", total=len(todo))
-        for record in ask(todo):
-            file.write(render_record(record) + b"\n")
-            file.flush()
-            done[record.example_key] = record.correct
-            progress.advance(task)
-        os.fsync(file.fileno())
-    write_manifest(options, done)
-    print(f"{options.out}: {len(done)} records, {sum(done.values())} correct ({len(todo)} new)")
-
-
-def repair(path: Path) -> list[TeacherRecord]:
-    """The records so far. A last line that a kill cut short is dropped, and said so."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        print(f"{path}: dropped an unfinished last line of {len(content) - len(whole)} bytes", file=sys.stderr)
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
-    return [parse_record(line, f"{path} line {n}") for n, line in enumerate(whole.splitlines(), 1)]
-
-
-def write_manifest(options: Options, done: dict[str, bool]) -> None:
-    """Describe records.jsonl as it is now, in one rename."""
-    manifest = {
-        "format": FORMAT,
-        "teacher": teacher_name(options),
-        "source": options.source,
-        "suite": options.suite,
-        "decoding": {"temperature": options.temperature, "max_turns": options.max_turns},
-        "records": len(done),
-        "correct": sum(done.values()),
-        "sha256": hashlib.sha256((options.out / "records.jsonl").read_bytes()).hexdigest(),
-    }
-    temporary = options.out / "manifest.json.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(options.out / "manifest.json")
+def fill(options: Options, examples: Sequence[Example], ask: Ask) -> None:
+    """Append a record of every example that has none yet. Raises UserError when the folder is another teacher's."""
+    manifest = Manifest(
+        teacher=teacher_name(options),
+        source=options.source,
+        decoding=decoding(options),
+        suite=options.suite,
+        command=tuple(command(options)),
+    )
+    with append_to(options.out, manifest) as cache, Progress(disable=not sys.stdout.isatty()) as progress:
+        todo = list({e.key: e for e in examples if e.key not in cache.done}.values())
+        task = progress.add_task(f"{manifest.teacher} on {options.suite}", total=len(todo))
+        with contextlib.closing(ask(todo)) as records:
+            for record in records:
+                cache.append(record)
+                progress.advance(task)
+        cache.publish()
+    total, correct = len(cache.done), sum(cache.done.values())
+    print(f"{options.out}: {total} records, {len(todo)} of them new; {correct} correct, {total - correct} rejected")
 
 
 def teacher_name(options: Options) -> str:
-    """Who the manifest says the teacher is."""
-    return "oracle" if options.source == "oracle" else f"{options.source}:{options.model}"
+    """Who the records say the teacher is."""
+    name = {"oracle": "", "endpoint": options.model, "local": options.student}[options.source]
+    return f"{options.source}:{name}" if name else options.source
 
 
-def record_of(example: Example, teacher: str, messages: list[dict[str, str]], calls: list[ToolCall]) -> TeacherRecord:
-    """Judge a finished trajectory: right only if its last turn boxes an accepted answer."""
-    last = messages[-1] if messages else {"role": "", "content": ""}
-    answer = boxed(last["content"]) if last["role"] == "assistant" else None
+def decoding(options: Options) -> dict[str, float]:
+    """The settings that change what the teacher says."""
+    if options.source == "oracle":
+        return {}
+    temperature = options.temperature if options.source == "endpoint" else 0.0
+    return {"temperature": temperature, "max_turns": options.max_turns, "max_new_tokens": options.max_new_tokens}
+
+
+def command(options: Options) -> list[str]:
+    """The flags that ask for these options again, but for the folder."""
+    words = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in ("suite", "source") or (field.name != "out" and value != field.default):
+            values = value if isinstance(value, tuple) else (value,)
+            words += ["--" + field.name.replace("_", "-"), *map(str, values)]
+    return words
+
+
+def record_of(
+    example: Example, teacher: str, messages: Sequence[Mapping[str, str]], calls: Sequence[ToolCall], answer: str | None
+) -> TeacherRecord:
+    """Judge a trajectory that ended with `answer`; None when it ended without one."""
     return seal(
         example_key=example.key,
         teacher=teacher,
@@ -153,14 +141,14 @@ def record_of(example: Example, teacher: str, messages: list[dict[str, str]], ca
     )
 
 
-# --- oracle ---------------------------------------------------------------------------------------------------------
+# --- oracle ----------------------------------------------------------------------------------------------------
 
 
 def oracle(example: Example, run: RunCall) -> TeacherRecord:
     """The generator's own solution as a conversation: a thought, a call, its result, and so on to the boxed answer."""
     if "steps" not in example.meta:
         raise UserError(
-            f"Example {example.key} of {example.suite} comes without a solution, so the oracle cannot teach it; "
+            f"The oracle needs built-in tasks: example {example.key} of {example.suite} comes without a solution; "
             "use --source endpoint or --source local."
         )
     messages, calls = [], []
@@ -168,16 +156,22 @@ def oracle(example: Example, run: RunCall) -> TeacherRecord:
         arguments = resolve_arguments(step["arguments"], [call.result for call in calls])
         raw = render_call(step["tool"], arguments)
         call = run(raw, example)
-        thought = step["thought"] + "\n" if step["thought"] else ""
-        messages.append({"role": "assistant", "content": f"{thought}{CALL_OPEN}{raw}{CALL_CLOSE}"})
-        messages.append({"role": "tool", "content": call.result})
+        if call.status != "ok":
+            raise ValueError(f"the solution of example {example.key} does not run: {raw} gave {call.result!r}")
         calls.append(call)
-    closing = example.meta.get("final", "{answer}").replace("{answer}", f"\\boxed{{{example.answer[0]}}}")
-    messages.append({"role": "assistant", "content": closing})
-    return record_of(example, "oracle", messages, calls)
+        messages.append({"role": "assistant", "content": with_calls(step["thought"], [raw])})
+        messages.append({"role": "tool", "content": call.result})
+    answer = example.answer[0]
+    messages.append({"role": "assistant", "content": example.meta["final"].replace("{answer}", f"\\boxed{{{answer}}}")})
+    return record_of(example, "oracle", messages, calls, answer)
 
 
-# --- an OpenAI-compatible endpoint ----------------------------------------------------------------------------------
+def with_calls(text: str, raws: Sequence[str]) -> str:
+    """An assistant's turn: what it says, then each call in its tags."""
+    return "\n".join([*([text] if text else []), *(f"{CALL_OPEN}{raw}{CALL_CLOSE}" for raw in raws)])
+
+
+# --- an OpenAI-compatible endpoint -----------------------------------------------------------------------------
 
 
 class Endpoint:
@@ -185,61 +179,93 @@ class Endpoint:
 
     def __init__(self, options: Options, run: RunCall):
         try:
-            from openai import OpenAI
+            import openai
         except ImportError as error:
-            raise UserError("--source endpoint needs the openai client: pip install 'lite-mentor[teach]'.") from error
+            raise UserError("--source endpoint needs the openai client: pip install 'lite-mentor[teach]'") from error
         if not options.base_url or not options.model:
             raise UserError("--source endpoint needs --base-url and --model.")
-        key = os.environ.get("OPENAI_API_KEY", "none")
-        self.client = OpenAI(base_url=options.base_url, api_key=key, max_retries=8, timeout=600)
-        self.options, self.run = options, run
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # most local servers want none
+        self.client = openai.OpenAI(base_url=options.base_url, api_key=key, max_retries=RETRIES, timeout=600)
+        self.openai, self.options, self.run = openai, options, run
         self._turnstile, self._next = threading.Lock(), 0.0
 
-    def ask_all(self, examples: Sequence[Example]) -> Iterator[TeacherRecord]:
-        """Records in the examples' order, `concurrency` at a time."""
-        from openai import OpenAIError
+    def ask_all(self, examples: Sequence[Example]) -> Generator[TeacherRecord, None, None]:
+        """Records as they are finished, `concurrency` at a time.
 
-        with ThreadPoolExecutor(self.options.concurrency) as pool:
-            try:
-                yield from pool.map(self.ask, examples)
-            except OpenAIError as error:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise UserError(
-                    f"The endpoint {self.options.base_url} failed ({type(error).__name__}: {error}); what was answered "
-                    "before is kept: run the same command again."
-                ) from error
+        After a failure nothing more is asked; what was under way is still delivered, and then the failure is raised.
+        """
+        failure = None
+        pool = ThreadPoolExecutor(self.options.concurrency)
+        try:
+            futures = [pool.submit(self.ask, example) for example in examples]
+            for future in as_completed(futures):
+                if future.cancelled():
+                    continue
+                try:
+                    yield future.result()
+                except UserError as error:
+                    failure = failure or error
+                    for waiting in futures:
+                        waiting.cancel()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        if failure is not None:
+            raise failure
 
     def ask(self, example: Example) -> TeacherRecord:
-        """One conversation, until the teacher answers without a call or runs out of turns."""
-        asked: list[Any] = [{"role": "user", "content": example.question + ASK_FOR_BOX}]
+        """One conversation, until the teacher answers without a call, or may not go on. Raises UserError."""
+        asked: list[dict[str, Any]] = [{"role": "user", "content": example.question + ASK_FOR_BOX}]
         messages: list[dict[str, str]] = []
         calls: list[ToolCall] = []
+        answer = None
         for _ in range(self.options.max_turns):
-            self._wait()
-            reply = self.client.chat.completions.create(
+            said, complete = self._turn(asked, example)
+            if said is None:
+                break
+            wanted = said.get("tool_calls", ())
+            raws = [call_text(call["function"]["name"], call["function"]["arguments"]) for call in wanted]
+            messages.append({"role": "assistant", "content": with_calls(said["content"], raws)})
+            if not wanted:
+                answer = boxed(said["content"]) if complete else None
+                break
+            asked.append(said)
+            for call, raw in zip(wanted, raws, strict=True):
+                ran = self.run(raw, example)
+                calls.append(ran)
+                messages.append({"role": "tool", "content": ran.result})
+                asked.append({"role": "tool", "tool_call_id": call["id"], "content": ran.result})
+        return record_of(example, teacher_name(self.options), messages, calls, answer)
+
+    def _turn(self, asked: list[dict[str, Any]], example: Example) -> tuple[dict[str, Any] | None, bool]:
+        """What `read_turn` says of the next turn; (None, False) when the server will not go on with what it began."""
+        limit = {"max_tokens": self.options.max_new_tokens} if self.options.max_new_tokens else {}
+        self._wait()
+        try:
+            completion = self.client.chat.completions.create(
                 model=self.options.model,
                 messages=asked,
                 tools=[json_schema(tool) for tool in example.tools],
                 temperature=self.options.temperature,
-                max_tokens=self.options.max_new_tokens,
+                **limit,
             )
-            message = reply.choices[0].message
-            wanted = message.tool_calls or []
-            raws = [f'{{"name": {json.dumps(c.function.name)}, "arguments": {c.function.arguments}}}' for c in wanted]
-            parts = [message.content or "", *(f"{CALL_OPEN}{raw}{CALL_CLOSE}" for raw in raws)]
-            messages.append({"role": "assistant", "content": "\n".join(part for part in parts if part)})
-            if not wanted:
-                break
-            asked.append(message.model_dump(exclude_none=True))
-            for want, raw in zip(wanted, raws, strict=True):
-                call = self.run(raw, example)
-                calls.append(call)
-                messages.append({"role": "tool", "content": call.result})
-                asked.append({"role": "tool", "tool_call_id": want.id, "content": call.result})
-        return record_of(example, teacher_name(self.options), messages, calls)
+        except self.openai.OpenAIError as error:
+            if isinstance(error, self.openai.BadRequestError) and len(asked) > 1:  # it outgrew the server's context
+                print(f"example {example.key} ends early, the server refused its next turn: {error}", file=sys.stderr)
+                return None, False
+            raise UserError(
+                f"The endpoint {self.options.base_url} failed ({type(error).__name__}: {error}); "
+                "what it answered is kept: put it right and run the same command again."
+            ) from error
+        try:
+            return read_turn(completion)
+        except (AttributeError, IndexError, TypeError) as error:
+            raise UserError(
+                f"The endpoint {self.options.base_url} answers, but not as a chat-completions server ({error}); "
+                "check --base-url, which mostly ends in /v1."
+            ) from error
 
     def _wait(self) -> None:
-        """Space requests evenly over the minute."""
+        """Space requests evenly over the minute. Retries are the client's, and are spaced by it."""
         if not self.options.requests_per_minute:
             return
         with self._turnstile:
@@ -249,10 +275,39 @@ class Endpoint:
         time.sleep(start - now)
 
 
-# --- a model on this machine ----------------------------------------------------------------------------------------
+def read_turn(completion: Any) -> tuple[dict[str, Any], bool]:
+    """The assistant's message as a server takes it back, and whether it was completed instead of being cut off.
+
+    The client checks nothing: raises AttributeError, IndexError or TypeError for what is not a chat completion.
+    """
+    choice = completion.choices[0]
+    said: dict[str, Any] = {"role": "assistant", "content": choice.message.content or ""}
+    wanted = [(call.id, call.function.name, call.function.arguments) for call in choice.message.tool_calls or ()]
+    if not all(type(text) is str for text in [said["content"], *itertools.chain(*wanted)]):
+        raise TypeError("a part of its reply is not text")
+    if wanted:
+        said["tool_calls"] = [
+            {"id": identifier, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for identifier, name, arguments in wanted
+        ]
+    return said, choice.finish_reason != "length"
 
 
-def local(options: Options, examples: Sequence[Example], run: RunCall) -> Iterator[TeacherRecord]:
+def call_text(name: str, arguments: str) -> str:
+    """A call as between call tags, as a teacher writes it; as it came where the arguments are not a JSON object."""
+    try:
+        parsed = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        parsed = None
+    if isinstance(parsed, dict):
+        return render_call(name, parsed)
+    return f'{{"name": {json.dumps(name)}, "arguments": {arguments}}}'
+
+
+# --- a model on this machine ------------------------------------------------------------------------------------
+
+
+def local(options: Options, examples: Sequence[Example], run: RunCall) -> Generator[TeacherRecord, None, None]:
     """Greedy episodes of a Hugging Face model, by the engine that students use."""
     import torch
 
@@ -261,32 +316,50 @@ def local(options: Options, examples: Sequence[Example], run: RunCall) -> Iterat
     from lite_mentor.rollout import Limits, messages_of, roll_out
     from lite_mentor.student import load_student
 
+    if not options.student:
+        raise UserError("--source local needs --student: a folder, a hub id, or smollm2-135m.")
+    if not examples:
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_student(options.model, quant="none", lora_rank=1, device=device)
-    chat, batch = Chat(model.tokenizer), 32
-    limits = Limits(options.max_turns, options.max_new_tokens, max_prompt_tokens=2048)
-    engine = Engine.of(model, slots=batch, context=limits.max_prompt_tokens + limits.max_new_tokens)
-    for start in range(0, len(examples), batch):
-        part = examples[start : start + batch]
+    model = load_student(options.student, quant="none", lora_rank=1, device=device)
+    chat = Chat(model.tokenizer)
+    limits = Limits(options.max_turns, options.max_new_tokens, MAX_PROMPT_TOKENS)
+    engine = Engine.of(model, slots=options.concurrency, context=MAX_PROMPT_TOKENS + options.max_new_tokens)
+    for start in range(0, len(examples), options.concurrency):
+        part = examples[start : start + options.concurrency]
         rollouts = roll_out(
             engine, chat, part, group_size=1, limits=limits, sampling=Sampling(0.0), seed=0, step=0, run_call=run
         )
         for example, rollout in zip(part, rollouts, strict=True):
-            yield record_of(example, teacher_name(options), messages_of(chat, rollout), list(rollout.calls))
+            yield record_of(example, teacher_name(options), messages_of(chat, rollout), rollout.calls, rollout.answer)
+
+
+# --- the command line -------------------------------------------------------------------------------------------
+
+
+def load_examples(options: Options) -> list[Example]:
+    """The examples of a built-in suite, or of the user's own file."""
+    if options.suite.endswith((".jsonl", ".parquet")):
+        return read_tasks(Path(options.suite), quarantine=options.out / "quarantine.jsonl")
+    levels = options.levels or None
+    return load_suite(options.suite, split=options.split, size=options.size, seed=options.seed, levels=levels)
+
+
+def check(options: Options) -> None:
+    """Raises UserError for a number that makes no sense."""
+    least = dict(size=1, max_turns=1, concurrency=1, requests_per_minute=0, temperature=0)
+    least["max_new_tokens"] = 1 if options.source == "local" else 0
+    for name, limit in least.items():
+        if getattr(options, name) < limit:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {limit}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 and one sentence."""
+    """Exit status: 0; 2 after one sentence; 130 when interrupted."""
     options = tyro.cli(Options, args=argv, prog="python -m lite_mentor.teach")
     try:
-        if options.suite.endswith((".jsonl", ".parquet")):
-            options.out.mkdir(parents=True, exist_ok=True)
-            examples = read_tasks(Path(options.suite), quarantine=options.out / "quarantine.jsonl")
-        else:
-            levels = options.levels or None
-            examples = load_suite(
-                options.suite, split=options.split, size=options.size, seed=options.seed, levels=levels
-            )
+        check(options)
+        examples = load_examples(options)
         with Sandbox() as sandbox:
 
             def run(raw: str, example: Example) -> ToolCall:
@@ -301,6 +374,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; what was answered is kept: run the same command again to go on", file=sys.stderr)
+        return 130
     return 0
 
 

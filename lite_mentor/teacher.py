@@ -1,32 +1,80 @@
-"""The teacher's cache, read: a folder of finished trajectories, verified byte by byte before a run trusts it.
+"""The teacher's cache: a folder of finished trajectories, every byte of which is verified before a run trusts it.
 
-    manifest.json     format, teacher, how it decoded, suite, counts, sha256 of records.jsonl
-    records.jsonl     one TeacherRecord a line, each with the sha256 of its own content
+    records.jsonl     one TeacherRecord a line, each with the sha256 of its own content; it only ever grows
+    manifest.json     the teacher, how it decoded, the suite, and the sha256 of that part of records.jsonl which counts
 
-The cache is all that a run needs of its teacher: no teacher model is in memory while the student learns.
+The cache is all that a run needs of its teacher: no teacher model is in memory while the student learns. Lines beyond
+those that the manifest counts belong to a fill that is running or was killed: they are checked, but not used.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
+import logging
+import os
+import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lite_mentor.errors import UserError
 from lite_mentor.types import CALL_STATUSES, Example, TeacherRecord, ToolCall
 
+try:
+    import fcntl
+except ImportError:  # Windows: two fills of one folder at the same time are not kept apart
+    fcntl = None
+
 FORMAT = 1
+PUBLISH_SECONDS = 20.0
+"""A long fill brings its manifest up to date this often."""
+_RECORDS, _MANIFEST = "records.jsonl", "manifest.json"
+
+_log = logging.getLogger(__name__)
+
+
+class NoRecord(UserError, KeyError):
+    """A KeyError too, so that `in` and `get` mean what they mean for every mapping."""
+
+    __str__ = Exception.__str__  # KeyError would quote the sentence
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache is, and which of its bytes count."""
+
+    teacher: str
+    source: str
+    decoding: Mapping[str, float]
+    suite: str
+    command: tuple[str, ...]
+    """Arguments of the last `python -m lite_mentor.teach`, without --out."""
+    records: int = 0
+    correct: int = 0
+    bytes: int = 0
+    sha256: str = hashlib.sha256().hexdigest()
+    """Of the first `bytes` bytes of records.jsonl, which hold `records` lines."""
+
+    def refill(self, path: Path) -> str:
+        """The command that fills the cache at `path` as it was filled before."""
+        return _command(path, *self.command)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
 
 
 class TeacherCache(Mapping[str, TeacherRecord]):
-    """The correct records by example key. `rejected` counts examples whose record has a wrong answer."""
+    """The correct records by example key. Wrong ones are kept in the file, counted, and never returned."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any], records: Sequence[TeacherRecord]):
+    def __init__(self, path: Path, manifest: Manifest, records: Sequence[TeacherRecord]):
         self.path, self.manifest = path, manifest
         self._records = {r.example_key: r for r in records if r.correct}
-        self._wrong = {r.example_key for r in records if not r.correct} - set(self._records)
+        self._wrong = {r.example_key for r in records if not r.correct}
 
     @property
     def rejected(self) -> int:
@@ -34,8 +82,16 @@ class TeacherCache(Mapping[str, TeacherRecord]):
         return len(self._wrong)
 
     def __getitem__(self, key: str) -> TeacherRecord:
+        if key in self._wrong:
+            raise NoRecord(
+                f"The teacher of {self.path} answered example {key} wrongly, so it has no record to learn from; "
+                "train on the examples that the cache's `usable` returns."
+            )
         if key not in self._records:
-            raise UserError(f"The teacher's cache {self.path} has no usable record of example {key}; {self._refill()}")
+            raise NoRecord(
+                f"The teacher's cache {self.path} has no record of example {key}; "
+                f"add it with: {self.manifest.refill(self.path)}"
+            )
         return self._records[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -44,126 +100,255 @@ class TeacherCache(Mapping[str, TeacherRecord]):
     def __len__(self) -> int:
         return len(self._records)
 
-    def usable(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples that the teacher answered correctly.
-
-        Raises UserError when some were never shown to the teacher (the cache is for other tasks), or none is left.
-        """
+    def covers(self, examples: Sequence[Example]) -> None:
+        """Raise UserError unless the teacher was asked every one of the examples, whatever it answered."""
         missing = [e for e in examples if e.key not in self._records and e.key not in self._wrong]
         if missing:
             raise UserError(
-                f"The teacher's cache {self.path} was made for other tasks: {len(missing)} of {len(examples)} examples "
-                f"have no record, the first being {missing[0].key} ({missing[0].question[:60]!r}); {self._refill()}"
+                f"The teacher's cache {self.path} is for other tasks: {len(missing)} of {len(examples)} examples have "
+                f"no record, the first being {missing[0].key} ({missing[0].question[:60]!r}); it was filled by "
+                f"`{self.manifest.refill(self.path)}`: run that with the tasks of this run."
             )
-        kept = [e for e in examples if e.key in self._records]
-        if not kept:
-            raise UserError(f"The teacher of {self.path} answered none of the {len(examples)} examples correctly.")
-        return kept
 
-    def _refill(self) -> str:
-        suite = self.manifest["suite"]
-        return f"fill it with: python -m lite_mentor.teach --suite {suite} --source ... --out {self.path}"
+    def usable(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples that the teacher answered correctly.
+
+        Raises UserError when some were never shown to the teacher, and when none is left.
+        """
+        self.covers(examples)
+        kept = [e for e in examples if e.key in self._records]
+        if examples and not kept:
+            raise UserError(
+                f"The teacher of {self.path} ({self.manifest.teacher}) answered none of the {len(examples)} examples "
+                "correctly; fill a cache with another one: python -m lite_mentor.teach --help"
+            )
+        return kept
 
 
 def open_cache(path: Path) -> TeacherCache:
     """Read and verify a cache. Raises UserError, naming file and line, for anything that is not as it was written."""
     manifest = read_manifest(path)
-    content = _read(path / "records.jsonl")
-    if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
-        for number, line in enumerate(content.splitlines(), 1):
-            parse_record(line, f"{path / 'records.jsonl'} line {number}")  # names the damaged line, when it is one
+    file, remedy = path / _RECORDS, manifest.refill(path)
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); fill the cache again with: {remedy}") from error
+    records = _read_lines(content, file, manifest.teacher, remedy)
+    if len(content) < manifest.bytes:
         raise UserError(
-            f"{path / 'records.jsonl'} is not the file that manifest.json describes (it was cut, extended or swapped); "
-            "run the same `python -m lite_mentor.teach` command again, which repairs it."
+            f"{file} is cut short after line {len(records)}: it has {len(content)} of {manifest.bytes} bytes; "
+            f"fill in what is missing with: {remedy}"
         )
-    lines = content.splitlines()
-    records = [parse_record(line, f"{path / 'records.jsonl'} line {n}") for n, line in enumerate(lines, 1)]
+    records = records[: manifest.records]
+    counted = (len(records), sum(r.correct for r in records))
+    described = hashlib.sha256(content[: manifest.bytes]).hexdigest()
+    if described != manifest.sha256 or counted != (manifest.records, manifest.correct):
+        raise UserError(
+            f"{file} has sound lines, but not those that {_MANIFEST} counts (some were changed, moved or replaced); "
+            f"delete {path} and fill it again with: {remedy}"
+        )
     return TeacherCache(path, manifest, records)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """manifest.json of a cache folder, checked. Raises UserError."""
-    file = path / "manifest.json"
-    if not file.exists():
-        raise UserError(f"{path} is not a teacher's cache: it has no manifest.json; fill one with lite_mentor.teach.")
+def read_manifest(path: Path) -> Manifest:
+    """manifest.json of a cache's folder, verified. Raises UserError."""
+    file, remedy = path / _MANIFEST, _command(path, "--suite", "SUITE", "--source", "SOURCE")
     try:
-        manifest = json.loads(_read(file))
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); fill the cache again with lite_mentor.teach.") from error
-    fields = {"format": int, "teacher": str, "source": str, "suite": str, "records": int, "sha256": str}
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        version = manifest.get("format") if isinstance(manifest, dict) else None
+        row = _json_object(file.read_bytes())
+        version = row.pop("format", None)
+        if version != FORMAT:
+            raise UserError(
+                f"{file} has format {str(version)[:20]!r} and this version reads {FORMAT}; delete {path} and fill it "
+                f"again with: {remedy}"
+            )
+        return _manifest(row)
+    except OSError as error:
         raise UserError(
-            f"{file} has format {version!r}, and this version reads {FORMAT}; fill a new cache with lite_mentor.teach."
-        )
-    for name, kind in fields.items():
-        if not isinstance(manifest.get(name), kind):
-            raise UserError(f"{file} is damaged: {name} is missing or not a {kind.__name__}; fill the cache again.")
+            f"{path} is not a teacher's cache, for its {_MANIFEST} cannot be read ({error.strerror}); "
+            f"fill one with: {remedy}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}); delete that file, then run again: {remedy}") from error
+
+
+def _manifest(row: Mapping[str, Any]) -> Manifest:
+    kinds = dict(teacher=str, source=str, decoding=dict, suite=str, command=list, records=int, correct=int, bytes=int)
+    values = {name: _typed(row, name, kind) for name, kind in kinds.items()}
+    if not all(type(word) is str and word.isprintable() for word in values["command"]):
+        raise ValueError("its command is not a list of words")
+    manifest = Manifest(**values | {"command": tuple(values["command"])}, sha256=_typed(row, "sha256", str))
+    if _sealed(dataclasses.asdict(manifest)) != _canonical(row):
+        raise ValueError("its seal does not match its content")
     return manifest
 
 
-def render_record(record: TeacherRecord) -> bytes:
-    """A record as its line, hash included, without the newline."""
-    return _canonical({**_content(record), "sha256": record.sha256})
+def _read_lines(content: bytes, file: Path, teacher: str, remedy: str) -> list[TeacherRecord]:
+    """The records of all complete lines, verified one by one. Raises UserError."""
+    records: dict[str, TeacherRecord] = {}
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            record = _record(line)
+            if record.teacher != teacher:
+                raise ValueError(f"it is of the teacher {record.teacher[:60]!r} and not of {teacher!r}")
+            if record.example_key in records:
+                raise ValueError(f"example {record.example_key[:40]!r} has a record already")
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{file} line {number} cannot be used ({error}); delete that line, then fill it in again with: {remedy}"
+            ) from error
+        records[record.example_key] = record
+    return list(records.values())
+
+
+def _record(line: bytes) -> TeacherRecord:
+    row = _json_object(line)
+    messages = tuple(_typed(row, "messages", list))
+    calls = tuple(_call(call) for call in _typed(row, "calls", list))
+    for message in messages:
+        if type(message) is not dict or {"role", "content"} != set(message) or type(message["content"]) is not str:
+            raise ValueError("a message is not a role and a text")
+        if message["role"] not in ("assistant", "tool"):
+            raise ValueError("a message is neither the assistant's nor a tool's")
+    if not messages or messages[0]["role"] != "assistant":
+        raise ValueError("its messages do not begin with the assistant")
+    if [m["content"] for m in messages if m["role"] == "tool"] != [call.result for call in calls]:
+        raise ValueError("its tool messages are not the results of its calls")
+    texts = {name: _typed(row, name, str) for name in ("example_key", "teacher", "answer")}
+    record = seal(**texts, messages=messages, calls=calls, correct=_typed(row, "correct", bool))
+    if record.correct and messages[-1]["role"] != "assistant":
+        raise ValueError("it is marked as correct and has no last word")
+    if render_record(record) != line + b"\n":
+        raise ValueError("its sha256 does not match its content")
+    return record
+
+
+def _call(row: Any) -> ToolCall:
+    if type(row) is not dict or row.get("status") not in CALL_STATUSES:
+        raise ValueError("a call has no status that is known")
+    texts = {name: _typed(row, name, str) for name in ("name", "raw", "status", "result")}
+    return ToolCall(**texts, arguments=_typed(row, "arguments", dict))
+
+
+def _json_object(text: bytes) -> dict[str, Any]:
+    row = json.loads(text)
+    if type(row) is not dict:
+        raise ValueError("it is not a JSON object")
+    return row
+
+
+def _typed(row: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = row.get(name)
+    if type(value) is not kind:  # and not isinstance: True is an int
+        raise ValueError(f"{name} is missing or not of type {kind.__name__}")
+    return value
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
 
 
 def seal(**content: Any) -> TeacherRecord:
     """A TeacherRecord of everything but the hash, with its hash."""
     record = TeacherRecord(**content, sha256="")
-    return TeacherRecord(**content, sha256=hashlib.sha256(_canonical(_content(record))).hexdigest())
+    return dataclasses.replace(record, sha256=hashlib.sha256(_canonical(_content(record))).hexdigest())
 
 
-def parse_record(line: bytes, where: str) -> TeacherRecord:
-    """A line -> its record. Raises UserError when its hash or its shape is not what was written."""
+def render_record(record: TeacherRecord) -> bytes:
+    """A record as its line of records.jsonl."""
+    return _canonical({**_content(record), "sha256": record.sha256}) + b"\n"
+
+
+class CacheWriter:
+    """Appends records to a cache; made by `append_to`."""
+
+    def __init__(self, path: Path, file: BinaryIO, manifest: Manifest):
+        """Take up what `file` holds: a last line that a kill cut short is dropped, and said so."""
+        file.seek(0)
+        content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        records = _read_lines(whole, path / _RECORDS, manifest.teacher, manifest.refill(path))
+        if len(whole) < len(content):
+            _log.warning("%s: dropped %d bytes of an unfinished last line", file.name, len(content) - len(whole))
+            file.truncate(len(whole))
+        self.done = {record.example_key: record.correct for record in records}
+        """Is the record correct? By example key."""
+        self.path, self.manifest, self._file = path, manifest, file
+        self._hash, self._bytes, self._published = hashlib.sha256(whole), len(whole), time.monotonic()
+
+    def append(self, record: TeacherRecord) -> None:
+        """Add the record of an example that has none yet."""
+        assert record.example_key not in self.done, record.example_key
+        line = render_record(record)
+        self._file.write(line)
+        self._file.flush()
+        self._hash.update(line)
+        self._bytes += len(line)
+        self.done[record.example_key] = record.correct
+        if time.monotonic() - self._published >= PUBLISH_SECONDS:
+            self.publish()
+
+    def publish(self) -> None:
+        """Let readers see what was appended: the manifest is replaced in one rename, once the records are on disk."""
+        os.fsync(self._file.fileno())
+        counts = dict(records=len(self.done), correct=sum(self.done.values()), bytes=self._bytes)
+        manifest = dataclasses.replace(self.manifest, **counts, sha256=self._hash.hexdigest())
+        row = {"format": FORMAT, **json.loads(_sealed(dataclasses.asdict(manifest)))}
+        temporary = self.path / f"{_MANIFEST}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(row, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path / _MANIFEST)
+        self._published = time.monotonic()
+
+
+@contextlib.contextmanager
+def append_to(path: Path, manifest: Manifest) -> Iterator[CacheWriter]:
+    """Open a cache's folder for writing, made if need be, as soon as no other process writes to it.
+
+    Raises UserError when it is another teacher's, was decoded or asked differently, or cannot be written.
+    """
     try:
-        row = json.loads(line)
-        written = row.pop("sha256")
-        if hashlib.sha256(_canonical(row)).hexdigest() != written:
-            raise ValueError("its sha256 does not match")
-        messages = tuple({"role": str(m["role"]), "content": str(m["content"])} for m in row["messages"])
-        calls = tuple(_call(c) for c in row["calls"])
-        if (
-            not messages
-            or {m["role"] for m in messages} - {"assistant", "tool"}
-            or not isinstance(row["correct"], bool)
-        ):
-            raise ValueError("its messages are not a trajectory")
-        return TeacherRecord(
-            str(row["example_key"]), str(row["teacher"]), messages, calls, str(row["answer"]), row["correct"], written
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{where} is damaged ({error}); delete the folder and fill the cache again with lite_mentor.teach."
-        ) from error
+        path.mkdir(parents=True, exist_ok=True)
+        file = open(path / _RECORDS, "a+b")  # noqa: SIM115 - closed when the block ends
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error
+    with file:
+        _wait_for_others(file)
+        if (path / _MANIFEST).exists():
+            there = read_manifest(path)
+            for name in ("teacher", "source", "suite", "decoding"):
+                old, new = getattr(there, name), getattr(manifest, name)
+                if old != new:
+                    raise UserError(f"{path} was filled with {name} {old!r}, not {new!r}; choose another --out.")
+        yield CacheWriter(path, file, manifest)
 
 
-def _call(row: Mapping[str, Any]) -> ToolCall:
-    if row["status"] not in CALL_STATUSES or not isinstance(row["arguments"], dict):
-        raise ValueError("a call has an unknown status or no arguments")
-    return ToolCall(str(row["name"]), row["arguments"], str(row["raw"]), row["status"], str(row["result"]))
+def _wait_for_others(file: BinaryIO) -> None:
+    """The kernel drops the lock when its process ends, however it ends."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        _log.warning("%s: waiting for another process that fills it", file.name)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _content(record: TeacherRecord) -> dict[str, Any]:
-    calls = [
-        {"name": c.name, "arguments": dict(c.arguments), "raw": c.raw, "status": c.status, "result": c.result}
-        for c in record.calls
-    ]
-    return {
-        "example_key": record.example_key,
-        "teacher": record.teacher,
-        "messages": [dict(m) for m in record.messages],
-        "calls": calls,
-        "answer": record.answer,
-        "correct": record.correct,
-    }
+    calls = [dict(vars(call), arguments=dict(call.arguments)) for call in record.calls]
+    row = dict(vars(record), messages=[dict(m) for m in record.messages], calls=calls)
+    del row["sha256"]
+    return row
+
+
+def _sealed(row: Mapping[str, Any]) -> bytes:
+    """Canonical JSON of the row with its own hash in it."""
+    return _canonical({**row, "seal": hashlib.sha256(_canonical(row)).hexdigest()})
 
 
 def _canonical(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(row, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode()
+    return json.dumps(row, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); fill the cache with lite_mentor.teach.") from error
+def _command(path: Path, *words: str) -> str:
+    return "python -m lite_mentor.teach " + shlex.join([*words, "--out", str(path)])
