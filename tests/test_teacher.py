@@ -1,0 +1,382 @@
+"""The teacher's cache: what was written is read, and nothing else is."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lite_mentor import teacher
+from lite_mentor.errors import UserError
+from lite_mentor.tasks import make_example
+from lite_mentor.teacher import Manifest, append_to, open_cache, render_record, seal
+from lite_mentor.tools import calculator_tools
+from lite_mentor.types import TeacherRecord, ToolCall
+
+MANIFEST = Manifest(
+    teacher="endpoint:m", source="endpoint", decoding={"temperature": 0.5}, suite="math", command=("--suite", "math")
+)
+REFILL = "python -m lite_mentor.teach --suite math --out "
+CALL = ToolCall("add", {"a": 1, "b": 2}, '{"name": "add", "arguments": {"a": 1, "b": 2}}', "ok", "3")
+MESSAGES = (
+    {"role": "assistant", "content": "<tool_call>...</tool_call>"},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "\\boxed{3}"},
+)
+
+
+def record(key: str, *, correct: bool = True, **changes) -> TeacherRecord:
+    content = dict(teacher="endpoint:m", messages=MESSAGES, calls=(CALL,), answer="3", correct=correct)
+    return seal(example_key=key, **content | changes)
+
+
+A, B, C = record("a"), record("b", correct=False), record("c")
+
+
+def fill(path: Path, *records: TeacherRecord, manifest: Manifest = MANIFEST) -> Path:
+    with append_to(path, manifest) as cache:
+        for r in records:
+            cache.append(r)
+        cache.publish()
+    return path
+
+
+def example(key: str):
+    made = make_example("What is 1 plus 2?", ["3"], calculator_tools(), suite="math")
+    return dataclasses.replace(made, key=key)
+
+
+def test_what_is_written_is_read_and_wrong_answers_are_counted(tmp_path):
+    cache = open_cache(fill(tmp_path / "new" / "cache", A, B, C))
+    assert dict(cache) == {"a": A, "c": C}
+    assert (len(cache), cache.rejected) == (2, 1)
+    assert (cache.manifest.records, cache.manifest.correct) == (3, 2)
+    assert (cache.manifest.teacher, cache.manifest.decoding) == ("endpoint:m", {"temperature": 0.5})
+
+
+def test_a_line_is_canonical_json_with_its_own_hash(tmp_path):
+    content = (
+        '{"answer":"3","calls":[{"arguments":{"a":1,"b":2},"name":"add",'
+        '"raw":"{\\"name\\": \\"add\\", \\"arguments\\": {\\"a\\": 1, \\"b\\": 2}}","result":"3","status":"ok"}],'
+        '"correct":true,"example_key":"a","messages":[{"content":"<tool_call>...</tool_call>","role":"assistant"},'
+        '{"content":"3","role":"tool"},{"content":"\\\\boxed{3}","role":"assistant"}]%s,"teacher":"endpoint:m"}'
+    )
+    digest = hashlib.sha256((content % "").encode()).hexdigest()
+    assert A.sha256 == digest
+    written = (content % f',"sha256":"{digest}"' + "\n").encode()
+    assert fill(tmp_path, A).joinpath("records.jsonl").read_bytes() == written
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["format"] == 1
+    assert manifest["bytes"] == len(written)
+    assert manifest["sha256"] == hashlib.sha256(written).hexdigest()
+
+
+texts = st.text(st.characters(codec=None))  # lone surrogates too
+
+
+@given(key=texts, text=texts, result=texts, number=st.floats(allow_nan=False, allow_infinity=False) | st.integers())
+def test_any_text_survives(key, text, result, number):
+    call = ToolCall("f", {text: [number]}, text, "error", result)
+    messages = ({"role": "assistant", "content": text}, {"role": "tool", "content": result})
+    written = record(key, correct=False, messages=messages, calls=(call,), answer=text)
+    line = render_record(written)
+    assert line.count(b"\n") == 1
+    assert teacher._record(line[:-1]) == written
+
+
+# --- damage ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "manifest.json"])
+def test_every_flipped_byte_is_found(tmp_path, name):
+    file = fill(tmp_path, A, B) / name
+    sound = file.read_bytes()
+    for i in range(len(sound)):
+        file.write_bytes(sound[:i] + bytes([sound[i] ^ 1]) + sound[i + 1 :])
+        with pytest.raises(UserError, match=r"python -m lite_mentor.teach .*--out"):
+            open_cache(tmp_path)
+    file.write_bytes(sound)
+    assert len(open_cache(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "manifest.json"])
+def test_every_truncation_is_found(tmp_path, name):
+    file = fill(tmp_path, A, B) / name
+    sound = file.read_bytes()
+    for i in range(len(sound)):
+        file.write_bytes(sound[:i])
+        with pytest.raises(UserError):
+            open_cache(tmp_path)
+
+
+def test_damage_is_named_with_its_line_and_the_remedy(tmp_path):
+    file = fill(tmp_path, A, B) / "records.jsonl"
+    file.write_bytes(file.read_bytes().replace(b'"example_key":"b"', b'"example_key":"x"'))
+    with pytest.raises(UserError) as caught:
+        open_cache(tmp_path)
+    assert str(caught.value) == (
+        f"{file} line 2 cannot be used (its sha256 does not match its content); delete that line, then fill it in "
+        f"again with: {REFILL}{tmp_path}"
+    )
+
+
+def test_what_the_sentence_says_helps(tmp_path):
+    file = fill(tmp_path, A, B) / "records.jsonl"
+    file.write_bytes(render_record(A))
+    with pytest.raises(UserError, match=r"is cut short after line 1: .* fill in what is missing with"):
+        open_cache(tmp_path)
+    assert open_cache(fill(tmp_path, B)).rejected == 1
+
+
+def test_sound_lines_in_another_order_are_not_the_same_file(tmp_path):
+    fill(tmp_path, A, B).joinpath("records.jsonl").write_bytes(render_record(B) + render_record(A))
+    with pytest.raises(UserError, match=r"has sound lines, but not those that manifest.json counts"):
+        open_cache(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "manifest.json"])
+def test_a_missing_file(tmp_path, name):
+    (fill(tmp_path, A) / name).unlink()
+    with pytest.raises(UserError, match=f"{name}.* cannot be read.*python -m lite_mentor.teach"):
+        open_cache(tmp_path)
+
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(UserError, match=r"is not a teacher's cache, for its manifest.json cannot be read"):
+        open_cache(tmp_path / "nowhere")
+
+
+def sealed(row: dict) -> bytes:
+    """A hostile line: whatever it says, its hash is right."""
+    text = json.dumps(row, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps({**row, "sha256": digest}, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+SOUND = {k: v for k, v in json.loads(render_record(A)).items() if k != "sha256"}
+ONE_CALL = SOUND["calls"][0]
+HOSTILE = [
+    (b"\n", "Expecting value"),
+    (b"\x80\x04\x95pickle\n", "codec can't decode"),
+    (b"[" * 100_000 + b"\n", ""),
+    (b"[]\n", "it is not a JSON object"),
+    (b"{}\n", "messages is missing or not of type list"),
+    (b'{"a": ' + b"9" * 5000 + b"}\n", "Exceeds the limit"),
+    (sealed({**SOUND, "extra": 1}), "sha256 does not match"),
+    (sealed({**SOUND, "correct": 1}), "correct is missing or not of type bool"),
+    (sealed({**SOUND, "answer": None}), "answer is missing or not of type str"),
+    (sealed({**SOUND, "example_key": ["a"]}), "example_key is missing or not of type str"),
+    (sealed({**SOUND, "teacher": "other"}), "it is of the teacher 'other' and not of 'endpoint:m'"),
+    (sealed({**SOUND, "messages": []}), "do not begin with the assistant"),
+    (sealed({**SOUND, "messages": "hello"}), "messages is missing or not of type list"),
+    (sealed({**SOUND, "messages": ["hello"]}), "a message is not a role and a text"),
+    (sealed({**SOUND, "messages": [{"role": "assistant", "content": {}}]}), "a message is not a role and a text"),
+    (sealed({**SOUND, "messages": [{"role": "system", "content": ""}]}), "neither the assistant's nor a tool's"),
+    (sealed({**SOUND, "messages": [{"role": ["tool"], "content": ""}]}), "neither the assistant's nor a tool's"),
+    (sealed({**SOUND, "messages": SOUND["messages"][1:]}), "do not begin with the assistant"),
+    (sealed({**SOUND, "messages": SOUND["messages"][:2]}), "marked as correct and has no last word"),
+    (sealed({**SOUND, "calls": []}), "its tool messages are not the results of its calls"),
+    (sealed({**SOUND, "calls": [{**ONE_CALL, "status": "great"}]}), "a call has no status that is known"),
+    (sealed({**SOUND, "calls": [{**ONE_CALL, "status": ["ok"]}]}), "a call has no status that is known"),
+    (sealed({**SOUND, "calls": [{**ONE_CALL, "arguments": []}]}), "arguments is missing or not of type dict"),
+    (sealed({**SOUND, "calls": [{**ONE_CALL, "result": 3}]}), "result is missing or not of type str"),
+    (sealed({**SOUND, "calls": [3]}), "a call has no status that is known"),
+    (render_record(A), "example 'a' has a record already"),
+    (render_record(A).replace(b'"answer":', b'"answer": '), "sha256 does not match"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_line_is_refused_wherever_it_stands(tmp_path, line, reason):
+    file = fill(tmp_path, A) / "records.jsonl"
+    file.write_bytes(render_record(A) + line)  # beyond what the manifest counts
+    with pytest.raises(UserError, match="line 2 cannot be used") as caught:
+        open_cache(tmp_path)
+    assert reason in str(caught.value)
+    with pytest.raises(UserError, match="line 2 cannot be used"):
+        fill(tmp_path)
+
+
+def rewrite_manifest(path: Path, **changes) -> None:
+    """A hostile manifest: whatever it says, its seal is right."""
+    row = json.loads((path / "manifest.json").read_text()) | changes
+    rest = {k: v for k, v in row.items() if k not in ("seal", "format")}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({**row, "seal": digest}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(format=2), "has format '2' and this version reads 1"),
+        (dict(format=[]), "has format '[]' and this version reads 1"),
+        (dict(bytes=True), "bytes is missing or not of type int"),
+        (dict(records="1"), "records is missing or not of type int"),
+        (dict(decoding=3), "decoding is missing or not of type dict"),
+        (dict(command=["--suite", 3]), "its command is not a list of words"),
+        (dict(command=["\x1b[2J"]), "its command is not a list of words"),
+        (dict(more=1), "its seal does not match its content"),
+        (dict(records=2), "not those that manifest.json counts"),
+        (dict(correct=0), "not those that manifest.json counts"),
+        (dict(bytes=0), "not those that manifest.json counts"),
+        (dict(bytes=-1), "not those that manifest.json counts"),
+        (dict(bytes=10**9), "is cut short after line 1"),
+        (dict(sha256="0" * 64), "not those that manifest.json counts"),
+        (dict(teacher="oracle"), "line 1 cannot be used"),
+    ],
+)
+def test_a_hostile_manifest_is_refused(tmp_path, changes, reason):
+    fill(tmp_path, A)
+    rewrite_manifest(tmp_path)
+    assert len(open_cache(tmp_path)) == 1
+    rewrite_manifest(tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        open_cache(tmp_path)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"null", b"[1]", b"\xff", b"[" * 100_000, b'{"format": 1}'])
+def test_a_manifest_of_garbage_is_refused(tmp_path, text):
+    (fill(tmp_path, A) / "manifest.json").write_bytes(text)
+    with pytest.raises(UserError, match=r"python -m lite_mentor.teach"):
+        open_cache(tmp_path)
+
+
+# --- looking up ------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_record_names_the_example_and_the_command(tmp_path):
+    path = tmp_path / "my cache"
+    cache = open_cache(fill(path, A))
+    with pytest.raises(UserError) as caught:
+        cache["d"]
+    assert str(caught.value) == (
+        f"The teacher's cache {path} has no record of example d; add it with: {REFILL}'{path}'"
+    )
+
+
+def test_a_wrong_record_is_not_returned_and_says_so(tmp_path):
+    cache = open_cache(fill(tmp_path, A, B))
+    with pytest.raises(UserError, match="answered example b wrongly, so it has no record to learn from"):
+        cache["b"]
+
+
+def test_it_is_a_mapping_of_the_correct_records(tmp_path):
+    cache = open_cache(fill(tmp_path, A, B))
+    assert "a" in cache
+    assert "b" not in cache
+    assert "d" not in cache
+    assert cache.get("d") is None
+    assert cache.get("b") is None
+    assert list(cache.values()) == [A]
+
+
+def test_covers_counts_what_is_missing_and_usable_keeps_what_is_correct(tmp_path):
+    cache = open_cache(fill(tmp_path, A, B, C))
+    abc = [example("a"), example("b"), example("c")]
+    cache.covers(abc)
+    assert [e.key for e in cache.usable(abc)] == ["a", "c"]
+    for method in (cache.covers, cache.usable):
+        with pytest.raises(UserError, match="is for other tasks: 2 of 4 examples have no record, the first being x "):
+            method([example("a"), example("x"), example("b"), example("y")])
+    with pytest.raises(UserError, match=r"\(endpoint:m\) answered none of the 1 examples correctly"):
+        cache.usable([example("b")])
+    assert cache.usable([]) == []
+
+
+# --- filling ---------------------------------------------------------------------------------------------------
+
+
+def test_a_kill_at_any_byte_loses_one_line_and_readers_never_notice(tmp_path, caplog):
+    file = fill(tmp_path, A) / "records.jsonl"
+    before, after = file.read_bytes(), render_record(A) + render_record(B) + render_record(C)
+    for cut in range(len(before), len(after)):
+        file.write_bytes(after[:cut])
+        assert dict(open_cache(tmp_path)) == {"a": A}
+        caplog.clear()
+        with append_to(tmp_path, MANIFEST) as cache:
+            whole = after[:cut].count(b"\n")
+            assert list(cache.done.items()) == [("a", True), ("b", False), ("c", True)][:whole]
+            for r in [A, B, C][whole:]:
+                cache.append(r)
+        assert file.read_bytes() == after
+        left = cut - len(b"".join(after.splitlines(keepends=True)[:whole]))
+        expected = [f"{file}: dropped {left} bytes of an unfinished last line"] if left else []
+        assert caplog.messages == expected
+    assert dict(open_cache(fill(tmp_path))) == {"a": A, "c": C}
+
+
+def test_a_kill_before_the_first_manifest(tmp_path):
+    with append_to(tmp_path, MANIFEST) as cache:
+        cache.append(A)
+    assert not (tmp_path / "manifest.json").exists()
+    assert dict(open_cache(fill(tmp_path, C))) == {"a": A, "c": C}
+
+
+def test_a_long_fill_publishes_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "PUBLISH_SECONDS", 0.0)
+    with append_to(tmp_path, MANIFEST) as cache:
+        cache.append(A)
+        assert dict(open_cache(tmp_path)) == {"a": A}
+        monkeypatch.setattr(teacher, "PUBLISH_SECONDS", math.inf)
+        cache.append(C)
+        assert dict(open_cache(tmp_path)) == {"a": A}
+        cache.publish()
+        assert dict(open_cache(tmp_path)) == {"a": A, "c": C}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "records.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(teacher="oracle"), "was filled with teacher 'endpoint:m', not 'oracle'; choose another --out."),
+        (dict(source="local"), "was filled with source 'endpoint', not 'local'; choose another --out."),
+        (dict(suite="tiny"), "was filled with suite 'math', not 'tiny'; choose another --out."),
+        (dict(decoding={}), "was filled with decoding {'temperature': 0.5}, not {}; choose another --out."),
+    ],
+)
+def test_one_cache_has_one_teacher(tmp_path, changes, sentence):
+    fill(tmp_path, A)
+    with pytest.raises(UserError) as caught:
+        fill(tmp_path, C, manifest=dataclasses.replace(MANIFEST, **changes))
+    assert str(caught.value) == f"{tmp_path} {sentence}"
+    assert dict(open_cache(tmp_path)) == {"a": A}
+
+
+def test_another_teachers_lines_without_a_manifest_are_refused(tmp_path):
+    (fill(tmp_path, A) / "manifest.json").unlink()
+    with pytest.raises(
+        UserError, match=r"line 1 cannot be used .it is of the teacher 'endpoint:m' and not of 'oracle'"
+    ):
+        fill(tmp_path, manifest=dataclasses.replace(MANIFEST, teacher="oracle"))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/cache cannot be written .Not a directory.; choose another --out"):
+        fill(tmp_path / "file" / "cache")
+
+
+@pytest.mark.skipif(teacher.fcntl is None, reason="no file locks on this system")
+def test_two_fills_of_one_folder_take_turns(tmp_path, monkeypatch):
+    waits, seen = threading.Event(), {}
+    monkeypatch.setattr(teacher._log, "warning", lambda *_: waits.set())
+
+    def second():
+        with append_to(tmp_path, MANIFEST) as cache:
+            seen.update(cache.done)
+
+    with append_to(tmp_path, MANIFEST) as cache:
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waits.wait(60)
+        cache.append(A)
+    thread.join(60)
+    assert seen == {"a": True}
