@@ -307,11 +307,13 @@ def _prove(student: Student) -> None:
     theirs_TV = student.base(input_ids=alone, use_cache=False).logits.float().flatten(0, 1)
     student.base.set_attn_implementation(attention.NAME)
     theirs_TV = theirs_TV[[*range(8), *range(12, 16)]]
-    error = (ours_TV - theirs_TV).norm() / (theirs_TV - theirs_TV.mean(-1, keepdim=True)).norm()
-    if not error < 0.1:
+    error_T = (ours_TV - theirs_TV).norm(dim=-1) / theirs_TV.std(-1) / vocabulary**0.5
+    worst = float(error_T.max())
+    # Rounding alone was seen to give 6e-6 in float32 and 0.14 in bf16 (30 layers, senseless text).
+    if not worst < (1e-3 if student.dtype is torch.float32 else 0.4):
         raise UserError(
             f"The student {student.name} ({student.config.model_type}) computes its logits in a way that this trainer "
-            f"does not reproduce (they differ by {float(error):.0%}); choose a Llama, Qwen2, Qwen3 or Gemma3 model."
+            f"does not reproduce (they differ by {worst:.2%}); choose a Llama, Qwen2, Qwen3 or Gemma3 model."
         )
 
 
