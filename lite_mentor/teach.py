@@ -194,23 +194,27 @@ class Endpoint:
 
         After a failure nothing more is asked; what was under way is still delivered, and then the failure is raised.
         """
-        failure = None
+        failures: list[UserError] = []
+
+        def attempt(example: Example) -> TeacherRecord | None:
+            if failures:
+                return None
+            try:
+                return self.ask(example)
+            except UserError as error:
+                failures.append(error)
+                return None
+
         pool = ThreadPoolExecutor(self.options.concurrency)
         try:
-            futures = [pool.submit(self.ask, example) for example in examples]
-            for future in as_completed(futures):
-                if future.cancelled():
-                    continue
-                try:
-                    yield future.result()
-                except UserError as error:
-                    failure = failure or error
-                    for waiting in futures:
-                        waiting.cancel()
+            for future in as_completed([pool.submit(attempt, example) for example in examples]):
+                record = future.result()
+                if record is not None:
+                    yield record
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        if failure is not None:
-            raise failure
+        if failures:
+            raise failures[0]
 
     def ask(self, example: Example) -> TeacherRecord:
         """One conversation, until the teacher answers without a call, or may not go on. Raises UserError."""

@@ -352,9 +352,7 @@ def test_one_cache_has_one_teacher(tmp_path, changes, sentence):
 
 def test_another_teachers_lines_without_a_manifest_are_refused(tmp_path):
     (fill(tmp_path, A) / "manifest.json").unlink()
-    with pytest.raises(
-        UserError, match=r"line 1 cannot be used .it is of the teacher 'endpoint:m' and not of 'oracle'"
-    ):
+    with pytest.raises(UserError, match=r"line 1 .*is of the teacher 'endpoint:m' and not of 'oracle'"):
         fill(tmp_path, manifest=dataclasses.replace(MANIFEST, teacher="oracle"))
 
 
