@@ -265,21 +265,27 @@ class DecodePlan:
         self.longest = int(own.max()) if single else 0
         behind_prefix = torch.tensor([spans[r].shared > 0 for r in single], dtype=torch.bool)
         prefix = prefix_kv[0].shape[1]
-        # [B, 1, 1, P + S]: which of the prefix's and the slot's positions a row may see.
+        # [B, P + S]: which of the prefix's and the slot's positions a row may see, and how far back each of them lies.
         sees = torch.cat(
             [behind_prefix[:, None].expand(-1, prefix), torch.arange(self.longest)[None] < own[:, None]], 1
         )
-        self.blind_B11S = ~sees[:, None, None].to(device)
+        last = torch.tensor([spans[r].end - 1 for r in single])[:, None]
+        first_own = torch.tensor([spans[r].shared for r in single])[:, None]
+        places = [torch.arange(prefix).expand(len(single), -1), first_own + torch.arange(self.longest)]
+        self.back_BS = (last - torch.cat(places, 1)).to(device)
+        self.sees_BS = sees.to(device)
 
-    def attend(self, layer: int, query, key, value, *, scaling: float, **_) -> torch.Tensor:
-        """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
+    def attend(self, layer: int, query, key, value, *, scaling: float, window: int | None = None) -> torch.Tensor:
+        """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]; a window sees that many tokens back."""
         keys, values = self.keys[layer], self.values[layer]  # [slots, context, Hkv, D]
         keys.flatten(0, 1)[self.write_T] = key[0].transpose(0, 1).to(keys.dtype)
         values.flatten(0, 1)[self.write_T] = value[0].transpose(0, 1).to(values.dtype)
         prefix_k, prefix_v = (x[layer] for x in self.prefix_kv)  # [P, Hkv, D]
         out_THD = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
         if self.longest:
-            out_THD[self.rows_B] = self._decode(query[0], keys, values, prefix_k, prefix_v, scaling).to(out_THD.dtype)
+            out_THD[self.rows_B] = self._decode(query[0], keys, values, prefix_k, prefix_v, scaling, window).to(
+                out_THD.dtype
+            )
         for start, span in self.multiple:
             new, own = span.end - span.cached, span.end - span.shared
             k, v = (
@@ -287,13 +293,15 @@ class DecodePlan:
                 for prefix, cache in ((prefix_k, keys), (prefix_v, values))
             )
             mask = torch.ones(new, span.end, dtype=torch.bool, device=query.device).tril(span.cached)
+            if window is not None:
+                mask = mask.triu(span.cached - window + 1)
             got = F.scaled_dot_product_attention(
                 query[:, :, start : start + new], k, v, attn_mask=mask, scale=scaling, enable_gqa=True
             )
             out_THD[start : start + new] = got[0].transpose(0, 1)
         return out_THD[None]
 
-    def _decode(self, query_HTD, keys, values, prefix_k, prefix_v, scaling: float) -> torch.Tensor:
+    def _decode(self, query_HTD, keys, values, prefix_k, prefix_v, scaling: float, window: int | None) -> torch.Tensor:
         """[B, Hq, D] in float32; the query heads that share a KV head are rows of one product."""
         kv_heads, dim = keys.shape[2], keys.shape[3]
         rows, length = len(self.rows_B), prefix_k.shape[0]
@@ -305,7 +313,9 @@ class DecodePlan:
         )  # [B, Hkv, S, D]
         q_rows = q.permute(2, 0, 1, 3)  # [B, Hkv, rep, D]
         scores_prefix = (q_flat @ prefix_k.mT).unflatten(1, (-1, rows)).permute(2, 0, 1, 3)  # [B, Hkv, rep, P]
-        scores = torch.cat([scores_prefix, q_rows @ own_k.mT], -1).masked_fill_(self.blind_B11S, float("-inf"))
+        sees_BS = self.sees_BS if window is None else self.sees_BS & (self.back_BS < window)
+        blind_B11S = ~sees_BS[:, None, None]
+        scores = torch.cat([scores_prefix, q_rows @ own_k.mT], -1).masked_fill_(blind_B11S, float("-inf"))
         weights = scores.softmax(-1)
         from_prefix = weights[..., :length].permute(1, 2, 0, 3).flatten(1, 2) @ prefix_v  # [Hkv, rep * B, D]
         out = from_prefix.unflatten(1, (-1, rows)).permute(2, 0, 1, 3) + weights[..., length:] @ own_v
@@ -319,11 +329,22 @@ def sample(logits_BV: torch.Tensor, uniform_B: torch.Tensor, sampling: Sampling)
         return ids_B, logits_BV.log_softmax(-1).gather(-1, ids_B[:, None])[:, 0]
     logits_BV = _truncate(logits_BV.float() / sampling.temperature, sampling)
     logp_BV = logits_BV.log_softmax(-1)
-    cdf_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
-    # A rounded cdf may end a little off 1: scale the draw to it. `right` skips tokens of probability zero.
-    draw_B1 = uniform_B[:, None] * cdf_BV[:, -1:]
-    ids_B1 = torch.searchsorted(cdf_BV, draw_B1, right=True).clamp_(max=logits_BV.shape[-1] - 1)
+    # The cdf in two levels, blocks and then tokens: one pass over the vocabulary instead of a float64 scan of it.
+    vocabulary = logits_BV.shape[-1]
+    p_BKJ = F.pad(logp_BV.exp(), (0, -vocabulary % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    mass_BK = p_BKJ.sum(-1, dtype=torch.float64)
+    cdf_BK = mass_BK.cumsum(-1)
+    # A rounded cdf may end a little off 1: scale the draw to it. `right` skips what has probability zero.
+    draw_B1 = uniform_B[:, None] * cdf_BK[:, -1:]
+    block_B1 = torch.searchsorted(cdf_BK, draw_B1, right=True).clamp_(max=cdf_BK.shape[-1] - 1)
+    inside_BJ = p_BKJ.gather(1, block_B1[..., None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(-1)
+    rest_B1 = draw_B1 - (cdf_BK - mass_BK).gather(-1, block_B1)
+    rest_B1 = torch.minimum(rest_B1, inside_BJ[:, -1:] * (1 - 2**-50))  # rounding must not leave the block
+    ids_B1 = block_B1 * _BLOCK + torch.searchsorted(inside_BJ, rest_B1, right=True)
     return ids_B1[:, 0], logp_BV.gather(-1, ids_B1)[:, 0]
+
+
+_BLOCK = 256
 
 
 def _truncate(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:

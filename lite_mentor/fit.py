@@ -36,7 +36,7 @@ def prove_fit(student: Student, config: Config) -> str:
 
 
 def fullest_row(config: Config, vocabulary: int) -> Batch:
-    """As many rollouts of full length as --micro-tokens allows, sharing nothing, every token after the prompt sampled."""
+    """As many rollouts of full length as --micro-tokens allows, sharing nothing, all of it sampled after the prompt."""
     generator = torch.Generator().manual_seed(0)
     prompt, new = config.max_prompt_tokens, config.max_new_tokens
     count = max(1, config.micro_tokens // (prompt + new))

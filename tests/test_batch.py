@@ -93,7 +93,8 @@ def test_every_sampled_token_appears_once_after_its_own_past(groups, budget):
     for row in rows:
         assert len(row.ids_T) <= budget
         starts = [*row.segment_starts, len(row.ids_T)]
-        for at, target, sequence in zip(row.row_index_N.tolist(), row.targets_N.tolist(), row.sequence_N.tolist()):
+        columns = (row.row_index_N.tolist(), row.targets_N.tolist(), row.sequence_N.tolist())
+        for at, target, sequence in zip(*columns, strict=True):
             path, segment = [], max(s for s in range(len(starts) - 1) if starts[s] <= at)
             end = at + 1
             while segment >= 0:
@@ -103,9 +104,7 @@ def test_every_sampled_token_appears_once_after_its_own_past(groups, budget):
             found.append((sequence, (*path, target)))
             assert row.positions_T[at] == len(path) - 1
     expected = [
-        (i, tuple(r.ids[: t + 1].tolist()))
-        for i, r in enumerate(rollouts)
-        for t in r.sampled.nonzero()[:, 0].tolist()
+        (i, tuple(r.ids[: t + 1].tolist())) for i, r in enumerate(rollouts) for t in r.sampled.nonzero()[:, 0].tolist()
     ]
     assert sorted(found) == sorted(expected)
     assert all(row.global_tokens == len(expected) for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 
 import pytest
@@ -18,8 +19,7 @@ def test_every_preset_is_named_after_itself_and_passes_its_own_checks(name):
 
 
 def test_every_field_has_a_sentence():
-    source = (__import__("lite_mentor.config", fromlist=["config"]).__file__,)
-    text = open(source[0], encoding="utf-8").read()
+    text = inspect.getsource(Config)
     for field in dataclasses.fields(Config):
         after = text.split(f"\n    {field.name}: ", 1)[1].split("\n", 2)[1]
         assert after.strip().startswith('"""'), field.name

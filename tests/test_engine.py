@@ -1,4 +1,4 @@
-"""The engine's bookkeeping under a scripted model, and its sampling; exactness against a real model is test_exactness."""
+"""The engine's bookkeeping under a scripted model, and its sampling; a real model comes in test_exactness."""
 
 from __future__ import annotations
 

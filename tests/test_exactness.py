@@ -1,4 +1,4 @@
-"""The engine against a plain forward of a real (tiny, random) model: same tokens, same logprobs, whatever the schedule."""
+"""The engine against a plain forward of a real (tiny) model: same tokens, same logprobs, whatever the schedule."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_schedule_cannot_change_what_is_drawn(student, schedule):
 
 def test_equal_prompts_draw_their_own_noise(student):
     same = [prompts(student)[0]] * 4
-    drawn = {tuple(s.ids) for s in generate(student, same, sampling=Sampling())}
+    drawn = {tuple(s.ids) for s in generate(student, same, sampling=Sampling(temperature=8))}
     assert len(drawn) == 4
 
 

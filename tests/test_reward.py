@@ -31,8 +31,8 @@ RECORD = TeacherRecord(EXAMPLE.key, "oracle", (), (ADD, DOUBLE), "10", True, "")
 
 def episode(calls=(), answer="10", stop="answer", index=0, group=0) -> Rollout:
     return Rollout(
-        example_key=EXAMPLE.key, group=group, index=index, ids=torch.tensor([1, 2]), sampled=torch.tensor([False, True]),
-        behaviour_logp=torch.zeros(2), prompt_length=1, calls=tuple(calls), turns=1, answer=answer, stop=stop,
+        example_key=EXAMPLE.key, group=group, index=index,
+        ids=torch.tensor([1, 2]), sampled=torch.tensor([False, True]), behaviour_logp=torch.zeros(2), prompt_length=1, calls=tuple(calls), turns=1, answer=answer, stop=stop,
     )  # fmt: skip
 
 
@@ -51,7 +51,8 @@ TABLE = [
     ("empty box", episode(BOTH, ""), dict(mentor=0.1, mentor_f1=0.1, sparse=0.1)),
     ("blank box", episode(BOTH, "  "), dict(mentor=0.1)),
     ("wrong, unknown tool only", episode([UNKNOWN], "7"), dict(mentor=0.0, mentor_f1=0.0, no_align=0.0, sparse=0.1)),
-    ("wrong, no tools", episode((), "7"), dict(mentor=0.1, mentor_f1=0.1, mentor_overlap=0.0, no_align=0.1, flex=0.0)),
+    ("wrong, no tools", episode((), "7"), dict(mentor=0.1, mentor_f1=0.1, mentor_overlap=0.0, no_align=0.1)),
+    ("flex, wrong, no tools", episode((), "7"), dict(flex=0.0)),
     # the published table
     ("right, same tools, all known", episode(BOTH), dict(mentor=1.1, mentor_f1=1.1, mentor_overlap=1.0, sparse=1.0)),
     ("right, same tools, one unknown", episode([*BOTH, UNKNOWN]), dict(mentor=1.0)),

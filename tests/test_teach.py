@@ -212,7 +212,8 @@ class Server:
                     status, reply = scripts[body["messages"][0]["content"].split("\n")[0]].pop(0)
                 text = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "text/html" if isinstance(reply, bytes) else "application/json")
+                html = isinstance(reply, bytes) and reply.startswith(b"<")
+                self.send_header("Content-Type", "text/html" if html else "application/json")
                 self.send_header("Retry-After-Ms", "1")
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
@@ -366,6 +367,9 @@ def test_a_call_is_written_as_a_student_should_write_it(arguments, text):
         ((400, REFUSED), "failed (BadRequestError: "),
         ((404, b"<html>not here</html>"), "failed (NotFoundError: "),
         ((200, b"<html>welcome</html>"), "answers, but not as a chat-completions server"),
+        ((200, b'{"choices": ['), "answers, but not as a chat-completions server"),
+        ((200, b"\xff"), "answers, but not as a chat-completions server"),
+        ((200, b"[" * 100_000), "answers, but not as a chat-completions server"),
         ((200, {"choices": []}), "answers, but not as a chat-completions server"),
         ((200, {"error": "overloaded"}), "answers, but not as a chat-completions server"),
         ((200, []), "answers, but not as a chat-completions server"),
@@ -380,6 +384,15 @@ def test_a_server_that_cannot_be_used(ask, capsys, answer, words):
     error = capsys.readouterr().err
     assert error.startswith(f"error: The endpoint {server.url} {words}")
     assert (out / "records.jsonl").read_bytes() == b""
+
+
+def test_half_a_character_cannot_be_sent_back(ask):
+    script = [reply("\ud800", ("add", '{"a": 3, "b": 4}'), ("\udfff", '{"a": "\\ud800"}')), reply("\\boxed{7}")]
+    status, out, server = ask({"Q": script})
+    assert status == 0
+    (record,) = open_cache(out).values()
+    assert [c.status for c in record.calls] == ["ok", "unknown_tool"]
+    assert server.asked[1]["messages"][1]["content"] == "?"
 
 
 def test_a_server_that_stays_busy(ask, capsys, monkeypatch):
