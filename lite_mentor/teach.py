@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import sys
@@ -252,6 +251,7 @@ class Endpoint:
                 temperature=self.options.temperature,
                 **limit,
             )
+            return read_turn(completion)
         except self.openai.OpenAIError as error:
             if isinstance(error, self.openai.BadRequestError) and len(asked) > 1:  # it outgrew the server's context
                 print(f"example {example.key} ends early, the server refused its next turn: {error}", file=sys.stderr)
@@ -260,9 +260,13 @@ class Endpoint:
                 f"The endpoint {self.options.base_url} failed ({type(error).__name__}: {error}); "
                 "what it answered is kept: put it right and run the same command again."
             ) from error
-        try:
-            return read_turn(completion)
-        except (AttributeError, IndexError, TypeError) as error:
+        except (
+            AttributeError,
+            IndexError,
+            TypeError,
+            ValueError,
+            RecursionError,
+        ) as error:  # the client checks nothing
             raise UserError(
                 f"The endpoint {self.options.base_url} answers, but not as a chat-completions server ({error}); "
                 "check --base-url, which mostly ends in /v1."
@@ -282,19 +286,26 @@ class Endpoint:
 def read_turn(completion: Any) -> tuple[dict[str, Any], bool]:
     """The assistant's message as a server takes it back, and whether it was completed instead of being cut off.
 
-    The client checks nothing: raises AttributeError, IndexError or TypeError for what is not a chat completion.
+    Raises AttributeError, IndexError or TypeError for what is not a chat completion.
     """
     choice = completion.choices[0]
-    said: dict[str, Any] = {"role": "assistant", "content": choice.message.content or ""}
-    wanted = [(call.id, call.function.name, call.function.arguments) for call in choice.message.tool_calls or ()]
-    if not all(type(text) is str for text in [said["content"], *itertools.chain(*wanted)]):
-        raise TypeError("a part of its reply is not text")
-    if wanted:
-        said["tool_calls"] = [
-            {"id": identifier, "type": "function", "function": {"name": name, "arguments": arguments}}
-            for identifier, name, arguments in wanted
-        ]
-    return said, choice.finish_reason != "length"
+    said: dict[str, Any] = {"role": "assistant", "content": _clean(choice.message.content or "")}
+    calls = [
+        {
+            "id": _clean(call.id),
+            "type": "function",
+            "function": {"name": _clean(call.function.name), "arguments": _clean(call.function.arguments)},
+        }
+        for call in choice.message.tool_calls or ()
+    ]
+    return said | ({"tool_calls": calls} if calls else {}), choice.finish_reason != "length"
+
+
+def _clean(text: Any) -> str:
+    """Text without lone surrogates, which cannot be sent back."""
+    if type(text) is not str:
+        raise TypeError(f"{text!r:.80} is not text")
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def call_text(name: str, arguments: str) -> str:
