@@ -391,7 +391,7 @@ def test_half_a_character_cannot_be_sent_back(ask):
     status, out, server = ask({"Q": script})
     assert status == 0
     (record,) = open_cache(out).values()
-    assert [c.status for c in record.calls] == ["ok", "unknown_tool"]
+    assert [c.status for c in record.calls] == ["ok", "bad_json"]
     assert server.asked[1]["messages"][1]["content"] == "?"
 
 
