@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -192,21 +193,29 @@ PRESETS: dict[str, Config] = {
 def parse(argv: Sequence[str] | None = None) -> Config:
     """The command line -> a checked Config. Unknown flags end the program with the nearest flag's name."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    name = "quick"
-    for i, word in enumerate(argv):
-        if word == "--preset" and i + 1 < len(argv):
-            name = argv[i + 1]
-        elif word.startswith("--preset="):
-            name = word.split("=", 1)[1]
+    resume, name = _value(argv, "--resume"), _value(argv, "--preset") or "quick"
     if name not in PRESETS:
         raise UserError(f"--preset {name}: there is no such preset; choose one of {', '.join(PRESETS)}.")
-    config = tyro.cli(Config, args=argv, default=PRESETS[name], prog="train.py")
+    # A resumed run goes on under the settings that it wrote down, so that none has to be typed again.
+    default = load(os.path.join(resume, "config.json")) if resume else PRESETS[name]
+    config = tyro.cli(Config, args=argv, default=default, prog="train.py")
     check(config)
     return config
 
 
+def _value(argv: Sequence[str], flag: str) -> str:
+    """What follows the flag on the command line, where it stands last; "" when it does not."""
+    value = ""
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
+        if word == flag or word.startswith(flag + "="):
+            value = following if word == flag else word.split("=", 1)[1]
+    return value
+
+
 def load(path: str) -> Config:
     """Read back a run's config.json. Raises UserError when it does not hold exactly Config's fields."""
+    if not os.path.exists(path):
+        raise UserError(f"{os.path.dirname(path)} holds no run to resume: there is no {os.path.basename(path)} in it.")
     try:
         with open(path, encoding="utf-8") as file:
             data = json.load(file)

@@ -25,7 +25,7 @@ from lite_mentor.optim import Guard, make_optimizer
 from lite_mentor.prompt import Chat
 from lite_mentor.rollout import Limits, RunCall
 from lite_mentor.sandbox import Sandbox
-from lite_mentor.student import Student, load_student
+from lite_mentor.student import Student, compute_dtype, load_student
 from lite_mentor.tasks import load_suite
 from lite_mentor.tasks.jsonl import read_tasks
 from lite_mentor.teacher import TeacherCache, open_cache
@@ -102,7 +102,9 @@ def prepare(config: Config) -> Iterator[Run]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     out = Path(config.resume or config.out or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    config = replace(config, device=device, out=str(out))
+    # What `auto` means is decided once and written down: a resumed run must not decide otherwise.
+    dtype = "bf16" if compute_dtype(device, config.dtype) is torch.bfloat16 else "fp32"
+    config = replace(config, device=device, dtype=dtype, out=str(out))
     with ExitStack() as stack:
         stack.enter_context(checkpoint.lock(out))
         log = stack.enter_context(RunLog(out, config.asdict(), total_steps=config.steps, resume=bool(config.resume)))

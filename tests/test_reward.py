@@ -31,9 +31,18 @@ RECORD = TeacherRecord(EXAMPLE.key, "oracle", (), (ADD, DOUBLE), "10", True, "")
 
 def episode(calls=(), answer="10", stop="answer", index=0, group=0) -> Rollout:
     return Rollout(
-        example_key=EXAMPLE.key, group=group, index=index,
-        ids=torch.tensor([1, 2]), sampled=torch.tensor([False, True]), behaviour_logp=torch.zeros(2), prompt_length=1, calls=tuple(calls), turns=1, answer=answer, stop=stop,
-    )  # fmt: skip
+        example_key=EXAMPLE.key,
+        group=group,
+        index=index,
+        ids=torch.tensor([1, 2]),
+        sampled=torch.tensor([False, True]),
+        behaviour_logp=torch.zeros(2),
+        prompt_length=1,
+        calls=tuple(calls),
+        turns=1,
+        answer=answer,
+        stop=stop,
+    )
 
 
 def reward_of(rollout: Rollout, preset: str) -> float:

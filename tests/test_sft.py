@@ -1,0 +1,89 @@
+"""A teacher's record as tokens, by hand; and a cold start that learns, and that may be continued anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from lite_mentor import sft
+from lite_mentor.batch import pack
+from lite_mentor.config import PRESETS
+from lite_mentor.optim import make_optimizer
+from lite_mentor.prompt import Chat
+from lite_mentor.student import load_student
+from lite_mentor.tasks import load_suite
+from lite_mentor.types import TeacherRecord
+
+CONFIG = dataclasses.replace(PRESETS["tiny"], sft_steps=4, sft_batch=4, lora_rank=8)
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+
+
+def record(example) -> TeacherRecord:
+    messages = (
+        {"role": "assistant", "content": CALL},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "\\boxed{3}"},
+    )
+    return TeacherRecord(example.key, "t", messages, (), "3", True, "")
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return load_suite("tiny", split="train", size=16, seed=0)
+
+
+def fresh():
+    student = load_student("tiny", quant="none", dtype="fp32", lora_rank=8, lora_alpha=8)
+    return student, Chat(student.tokenizer)
+
+
+def test_a_record_is_the_conversation_with_the_assistants_tokens_marked(examples):
+    student, chat = fresh()
+    end = student.eos_ids[0]
+    rollout = sft.teacher_rollout(chat, examples[0], record(examples[0]), end)
+    prompt, call = chat.prompt_ids(examples[0]), chat.turn_ids(CALL, end)
+    result, answer = chat.result_ids(["3"]), chat.turn_ids("\\boxed{3}", end)
+    assert rollout.ids.tolist() == prompt + call + result + answer
+    mask = [False] * len(prompt) + [True] * len(call) + [False] * len(result) + [True] * len(answer)
+    assert rollout.sampled.tolist() == mask
+    assert (rollout.prompt_length, rollout.turns) == (len(prompt), 2)
+
+
+def test_the_loss_is_the_mean_over_all_rows_however_they_are_packed(examples):
+    student, chat = fresh()
+    rollouts = [sft.teacher_rollout(chat, e, record(e), student.eos_ids[0]) for e in examples[:4]]
+    one = sum(sft.sft_loss(student, b).item() for b in pack(rollouts, [0.0] * 4, 2000))
+    four = sum(sft.sft_loss(student, b).item() for b in pack(rollouts, [0.0] * 4, 200))
+    assert one == pytest.approx(four, rel=1e-5)
+    assert one > 1
+
+
+def test_it_learns_and_continues_where_it_stopped(examples):
+    def run(stop_at: int | None) -> tuple[list[float], torch.Tensor]:
+        student, chat = fresh()
+        rollouts = [sft.teacher_rollout(chat, e, record(e), student.eos_ids[0]) for e in examples]
+        optimizer = make_optimizer(student.trainable(), CONFIG)
+        losses = []
+        for metrics in sft.cold_start(student, optimizer, rollouts, CONFIG):
+            losses.append(metrics["loss"])
+            if metrics["step"] + 1 == stop_at:
+                break
+        for metrics in sft.cold_start(student, optimizer, rollouts, CONFIG, start=stop_at or CONFIG.sft_steps):
+            losses.append(metrics["loss"])
+        return losses, torch.cat([p.detach().flatten() for p in student.trainable()])
+
+    straight, weights = run(None)
+    continued, same = run(2)
+    assert straight == continued
+    assert torch.equal(weights, same)
+    assert straight[-1] < straight[0]
+
+
+def test_support_counts_episodes_in_which_a_call_worked(examples):
+    student, chat = fresh()
+    silent = sft.teacher_rollout(chat, examples[0], record(examples[0]), student.eos_ids[0])
+    ok = dataclasses.replace(silent, calls=(type("Call", (), {"status": "ok"}),))
+    failed = dataclasses.replace(silent, calls=(type("Call", (), {"status": "error"}),))
+    assert sft.support([silent, failed, ok, ok]) == 0.5

@@ -1,0 +1,236 @@
+"""The whole program on the tiny student: what a run leaves behind, resuming it, and everything a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import train
+from lite_mentor import checkpoint
+from lite_mentor.tiny import tiny_student
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--preset", "tiny", "--sft-steps", "3", "--sft-batch", "8", "--prompts-per-step", "4", "--group-size", "4",
+         "--eval-size", "6", "--train-size", "60", "--max-new-tokens", "60", "--lora-rank", "8"]  # fmt: skip
+TIMES = ("time/", "memory/")
+
+
+def run(out: Path, *flags: str) -> int:
+    return train.main([*SHORT, "--out", str(out), *flags])
+
+
+def rows(path: Path) -> list[dict]:
+    """The lines of a JSONL file without what differs between equal runs."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in lines]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LITE_MENTOR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, cache) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    assert run(out, "--steps", "4", "--save-every", "2", "--temperature", "1.5") == 0
+    return out
+
+
+def test_a_run_leaves_everything_it_promises(straight):
+    names = {p.name for p in straight.iterdir()}
+    files = {"config.json", "metrics.jsonl", "rollouts.jsonl", "eval.jsonl", "report.html"}
+    assert names >= files | {"checkpoints", "adapter"}
+    metrics = rows(straight / "metrics.jsonl")
+    assert [(m["phase"], m["step"]) for m in metrics] == [("sft", i) for i in range(3)] + [("rl", i) for i in range(4)]
+    wanted = {"reward/mean", "reward/std", "reward/correct", "reward/align", "reward/valid", "advantage/zero_variance",
+              "loss", "entropy", "clip/low", "clip/high", "ratio/mean", "ratio/max", "logp_gap/mean", "logp_gap/max",
+              "grad_norm", "lr", "tokens/sampled", "tokens/prompt", "calls/ok", "stop/answer"}  # fmt: skip
+    learned = [m for m in metrics[3:] if m["advantage/zero_variance"] < 1]
+    assert learned
+    assert all(set(m) >= wanted for m in learned)
+    assert all(m["ratio/max"] == 1.0 for m in learned)  # on-policy: the ratio is exactly 1
+    assert all(m["logp_gap/max"] < 1e-3 for m in learned)
+    evaluations = rows(straight / "eval.jsonl")
+    expected = [(n, s) for n in ("cold_start", "final") for s in ("validation", "test")]
+    assert [(e["name"], e["suite"]) for e in evaluations] == expected
+    assert [e["n"] for e in evaluations] == [6, 3, 6, 3]
+    assert json.loads((straight / "config.json").read_text())["temperature"] == 1.5
+
+
+def test_the_adapter_is_one_that_plain_peft_loads(straight, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_student(tmp_path / "base"), attn_implementation="eager")
+    model = PeftModel.from_pretrained(base, straight / "adapter")
+    found, _ = checkpoint.load(straight, config_hash=_hash(straight))
+    ours = {n.replace(".default", ""): t for n, t in found.tensors["adapter"].items()}
+    theirs = {n.replace(".default", ""): t for n, t in model.state_dict().items() if "lora_" in n}
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert any(t.abs().sum() > 0 for n, t in ours.items() if "lora_B" in n)
+
+
+def _hash(out: Path) -> str:
+    return json.loads(next((out / "checkpoints").glob("*/MANIFEST.json")).read_text())["config_hash"]
+
+
+def test_the_same_seed_writes_the_same_lines(straight, tmp_path):
+    assert run(tmp_path / "again", "--steps", "4", "--save-every", "2", "--temperature", "1.5") == 0
+    for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
+        assert rows(straight / name) == rows(tmp_path / "again" / name), name
+
+
+def test_a_resumed_run_ends_as_if_it_had_never_stopped(straight, tmp_path, monkeypatch):
+    out = tmp_path / "stopped"
+    real, seen = train.train_step, []
+
+    def interrupted(run, step):
+        seen.append(step)
+        metrics = real(run, step)
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return metrics
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert run(out, "--steps", "4", "--save-every", "50", "--temperature", "1.5") == 130
+    assert seen == [0, 1]  # the step in progress was finished and saved
+    monkeypatch.undo()
+    assert train.main(["--resume", str(out)]) == 0  # under the settings of its own config.json
+    for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
+        assert rows(straight / name) == rows(out / name), name
+    same = [(d / "adapter" / "adapter_model.safetensors").read_bytes() for d in (straight, out)]
+    assert same[0] == same[1]
+
+
+def test_check_proves_that_the_fullest_row_fits_and_changes_nothing(tmp_path, capsys):
+    assert run(tmp_path / "check", "--check") == 0
+    text = capsys.readouterr().out
+    assert "the fullest row" in text
+    assert "fits" in text
+    assert not (tmp_path / "check" / "metrics.jsonl").read_text()
+
+
+def test_several_updates_a_step_take_old_logprobs_before_the_first(tmp_path):
+    out = tmp_path / "several"
+    flags = ["--steps", "3", "--updates-per-step", "2", "--lr", "0.01", "--temperature", "1.5", "--warmup", "0"]
+    assert run(out, *flags) == 0
+    learned = [m for m in rows(out / "metrics.jsonl") if m["phase"] == "rl" and m["advantage/zero_variance"] < 0.5]
+    assert learned
+    assert any(m["ratio/max"] > 1.0 for m in learned)  # the second update meets a policy that has moved
+
+
+# --- what a user can get wrong: one clear sentence each -------------------------------------------------------------
+
+
+def complaint(capsys, *argv: str) -> str:
+    capsys.readouterr()
+    assert train.main([*SHORT, "--steps", "1", *argv]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    assert "\n" not in error
+    return error
+
+
+def test_unknown_preset(capsys, tmp_path):
+    assert "no such preset" in complaint(capsys, "--preset", "nope", "--out", str(tmp_path / "r"))
+
+
+def test_out_that_holds_a_run(capsys, straight):
+    assert "already holds a run" in complaint(capsys, "--out", str(straight))
+
+
+def test_resume_of_nothing(capsys, tmp_path):
+    assert "holds no run to resume" in complaint(capsys, "--resume", str(tmp_path / "nothing"))
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_resume_under_other_settings(capsys, straight):
+    assert "other settings" in complaint(capsys, "--resume", str(straight), "--lr", "0.5")
+
+
+def test_missing_student_folder(capsys, tmp_path):
+    assert "--student" in complaint(capsys, "--student", str(tmp_path / "none"), "--out", str(tmp_path / "r"))
+
+
+def test_corrupt_student_folder(capsys, tmp_path):
+    folder = tiny_student(tmp_path / "student")
+    (folder / "model.safetensors").write_bytes(b"garbage")
+    assert "cannot be loaded" in complaint(capsys, "--student", str(folder), "--out", str(tmp_path / "r"))
+
+
+def test_empty_task_file(capsys, tmp_path):
+    (tmp_path / "tasks.jsonl").write_text("")
+    assert "tasks.jsonl" in complaint(capsys, "--task", str(tmp_path / "tasks.jsonl"), "--out", str(tmp_path / "r"))
+
+
+def test_task_file_with_bad_rows(capsys, tmp_path):
+    (tmp_path / "tasks.jsonl").write_text('{"question": 1}\n{oops\n')
+    error = complaint(capsys, "--task", str(tmp_path / "tasks.jsonl"), "--out", str(tmp_path / "r"))
+    assert "quarantine.jsonl" in error
+    assert len((tmp_path / "r" / "quarantine.jsonl").read_text().splitlines()) == 2
+
+
+def test_teacher_cache_of_other_tasks_and_damaged(capsys, tmp_path):
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-m", "lite_mentor.teach", "--suite", "math", "--size", "30", "--out", str(cache)]
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": "kernels"}, capture_output=True)
+    other = complaint(capsys, "--teacher", str(cache), "--out", str(tmp_path / "r1"))
+    assert "other tasks" in other
+    records = cache / "records.jsonl"
+    content = bytearray(records.read_bytes())
+    content[len(content) // 2] ^= 1
+    records.write_bytes(content)
+    assert "records.jsonl" in complaint(capsys, "--teacher", str(cache), "--out", str(tmp_path / "r2"))
+
+
+def test_a_prompt_longer_than_allowed(capsys, tmp_path):
+    assert "--max-prompt-tokens" in complaint(capsys, "--max-prompt-tokens", "50", "--out", str(tmp_path / "r"))
+
+
+def test_no_room_on_the_disk(capsys, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    assert "No space left on device" in complaint(capsys, "--out", str(tmp_path / "r"))
+
+
+def test_a_second_process_on_the_same_folder(capsys, straight):
+    with checkpoint.lock(straight):
+        command = [sys.executable, "train.py", *SHORT, "--steps", "1", "--resume", str(straight)]
+        environment = os.environ | {"PYTHONPATH": "kernels"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{os.getpid()}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_real_process_says_how_to_go_on(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "train.py", *SHORT, "--steps", "5000", "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": "kernels"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (out / "rollouts.jsonl").exists() or not (out / "rollouts.jsonl").stat().st_size:
+        assert time.monotonic() < deadline, "the run did not reach RL"
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"--resume {out}" in error.decode()
+    assert "Traceback" not in error.decode()
+    assert list((out / "checkpoints").glob("step-*/MANIFEST.json"))
