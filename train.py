@@ -51,6 +51,7 @@ def train(run: Run) -> None:
         run.log.note(prove_fit(run.student, c))
     if start is None:
         cold_start(run)
+        run.student.save_adapter(run.out / "cold_start")
         evaluate_suites(run, 0, "cold_start")
         run.save(0)
         start = 0

@@ -1,20 +1,32 @@
 """Held-out suites, greedy: accuracy with its interval, and how the student used its tools.
 
-`python -m lite_mentor.evaluate RUN` evaluates the final adapter of a run again, on any suite.
+    python -m lite_mentor.evaluate RUN --suites validation --size 200
+
+evaluates a run's cold start and its final adapter again, on the same examples, and says what RL changed.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from lite_mentor.config import Config
+import tyro
+
+from lite_mentor.config import Config, load
 from lite_mentor.engine import Engine, Sampling
+from lite_mentor.errors import UserError
 from lite_mentor.judge import is_correct
 from lite_mentor.prompt import Chat
 from lite_mentor.rollout import Limits, RunCall, roll_out
+from lite_mentor.sandbox import Sandbox
 from lite_mentor.statistics import paired_bootstrap, tool_statistics, wilson
+from lite_mentor.student import load_student
 from lite_mentor.tasks import load_suite
+from lite_mentor.tools import run_call
 from lite_mentor.types import Example, Rollout
 
 
@@ -65,3 +77,63 @@ def compare(before: dict, after: dict) -> tuple[float, float, float]:
 def _gold_tools(examples: Sequence[Example]) -> Counter[str]:
     """How often the examples' own solutions call each tool."""
     return Counter(step["tool"] for e in examples for step in e.meta.get("steps", ()))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Evaluate the adapters of a finished run."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    suites: tuple[str, ...] = ("validation",)
+    """validation, test, or any built-in suite."""
+    size: int = 200
+    """Examples of `validation`; every other suite uses half as many."""
+    adapters: tuple[str, ...] = ("cold_start", "adapter")
+    """Folders with PEFT adapters, within the run or anywhere; each is compared with the first. `none` is the base."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print accuracies and paired differences; append every result to RUN/evaluate.jsonl. 2: something to put right."""
+    options = tyro.cli(Options, args=argv, prog="python -m lite_mentor.evaluate")
+    try:
+        config = replace(load(str(options.run / "config.json")), eval_suites=options.suites, eval_size=options.size)
+        student = load_student(
+            config.student, quant=config.quant, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
+            device=config.device, dtype=config.dtype,
+        )  # fmt: skip
+        engine = Engine.of(student, slots=64, context=config.max_prompt_tokens + config.max_new_tokens)
+        limits = Limits(config.max_turns, config.max_new_tokens, config.max_prompt_tokens)
+        first: dict[str, dict] = {}
+        with Sandbox() as sandbox:
+            for adapter in options.adapters:
+                if adapter != "none":
+                    inside = options.run / adapter
+                    student.load_adapter(inside if inside.exists() else Path(adapter))
+                engine.weights_changed()
+                for suite, examples in suites(config).items():
+                    result, _ = evaluate(
+                        engine, Chat(student.tokenizer), examples, limits=limits,
+                        run_call=lambda raw, example: run_call(raw, example.tools, run_path=sandbox.call),
+                    )  # fmt: skip
+                    print(_line(adapter, suite, result, first.get(suite)), flush=True)
+                    first.setdefault(suite, result)
+                    with open(options.run / "evaluate.jsonl", "a", encoding="utf-8") as file:
+                        file.write(json.dumps({"name": adapter, "suite": suite, **result}) + "\n")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _line(adapter: str, suite: str, result: dict, first: dict | None) -> str:
+    low, high = result["ci95"]
+    text = f"{suite} {adapter}: {result['accuracy']:.1%} of {result['n']} (95 % interval {low:.1%} to {high:.1%})"
+    if first is not None:
+        change, low, high = compare(first, result)
+        text += f"; change {change:+.1%} (paired bootstrap {low:+.1%} to {high:+.1%})"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -130,6 +130,20 @@ class Student:
             Path(path) / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
+
+    def load_adapter(self, path: Path) -> None:
+        """Read what `save_adapter` wrote. Raises UserError when it is not there or belongs to another student."""
+        file = Path(path) / "adapter_model.safetensors"
+        try:
+            saved = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{file} cannot be read as an adapter ({error}); name a folder with a PEFT adapter."
+            ) from error
+        mine = {name.replace(".default.", "."): name for name in self._adapter}
+        if saved.keys() != mine.keys():
+            raise UserError(f"The adapter in {path} was made for another student; use the one of its config.json.")
+        self.load_adapter_state({mine[name]: tensor.to(self.device) for name, tensor in saved.items()})
 
     def describe(self) -> str:
         """One line: the student, where it came from, and what is trained."""
