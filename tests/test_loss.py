@@ -1,0 +1,130 @@
+"""The loss in the configuration we train: uneven lengths, tool masks, several rows, KL on and off, every loss type."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from lite_mentor.batch import pack
+from lite_mentor.config import PRESETS
+from lite_mentor.fit import fullest_row, prove_fit
+from lite_mentor.loss import StepMetrics, batch_loss, logprobs, old_logprobs
+from lite_mentor.student import load_student
+from tests.test_batch import rollout
+
+CONFIG = dataclasses.replace(PRESETS["tiny"], device="cpu", lora_rank=4, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def student():
+    student = load_student("tiny", quant="none", dtype="fp32", lora_rank=4, lora_alpha=8)
+    torch.manual_seed(0)
+    for parameter in student.trainable():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    return student
+
+
+def episodes():
+    """Two groups with a shared opening, uneven tails, and a tool result (unsampled) inside some of them."""
+    opening = [256, 267, 65, 66, 67]
+    tails = [
+        [(70, 1), (71, 1), (90, 0), (91, 0), (72, 1), (257, 1)],
+        [(70, 1), (257, 1)],
+        [(73, 1), (92, 0), (74, 1), (75, 1), (76, 1), (257, 1)],
+        [(77, 1), (257, 1)],
+        [(78, 1), (79, 1), (257, 1)],
+    ]
+    prompts = [[*opening, 80]] * 3 + [[*opening, 81, 82]] * 2
+    groups, indices = (0, 0, 0, 1, 1), (0, 1, 2, 0, 1)
+    return [rollout(p, t, g, i) for p, t, g, i in zip(prompts, tails, groups, indices, strict=True)]
+
+
+ADVANTAGES = [1.0, -0.5, -0.5, 0.7, -0.7]
+
+
+def gradient(student, rows, config) -> tuple[float, torch.Tensor]:
+    loss = 0.0
+    for row in rows:
+        out = batch_loss(student, row, config)
+        out.loss.backward()
+        loss += out.loss.item()
+    found = torch.cat([p.grad.flatten() for p in student.trainable()])
+    for p in student.trainable():
+        p.grad = None
+    return loss, found
+
+
+def test_packed_logprobs_are_those_of_each_rollout_alone(student):
+    together = pack(episodes(), ADVANTAGES, 100)
+    assert len(together) == 1
+    alone = [pack([r], [a], 100)[0] for r, a in zip(episodes(), ADVANTAGES, strict=True)]
+    with torch.no_grad():
+        packed, entropy = logprobs(student, together[0])
+        single = [logprobs(student, row) for row in alone]
+    assert torch.allclose(packed, torch.cat([s[0] for s in single]), atol=2e-5)
+    assert torch.allclose(entropy, torch.cat([s[1] for s in single]), atol=2e-5)
+
+
+@pytest.mark.parametrize("loss", ["dapo", "grpo", "dr_grpo", "gspo", "cispo"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_micro_batches_change_neither_loss_nor_gradient(student, loss, beta):
+    config = dataclasses.replace(CONFIG, loss=loss, beta=beta, entropy=0.01)
+    whole, many = pack(episodes(), ADVANTAGES, 100), pack(episodes(), ADVANTAGES, 12)
+    assert (len(whole), len(many)) == (1, 3)
+    one, gradient_one = gradient(student, whole, config)
+    three, gradient_three = gradient(student, many, config)
+    assert one == pytest.approx(three, rel=1e-4, abs=1e-6)
+    assert gradient_one.abs().max() > 1e-4
+    assert torch.allclose(gradient_one, gradient_three, atol=1e-5 * gradient_one.abs().max() + 1e-7, rtol=1e-3)
+
+
+def test_a_step_along_the_gradient_raises_what_was_good(student):
+    rows = pack(episodes(), ADVANTAGES, 100)
+
+    def objective() -> float:
+        return sum((old_logprobs(student, row, CONFIG) * row.advantage_N).sum().item() for row in rows)
+
+    before = objective()
+    _, found = gradient(student, rows, CONFIG)
+    saved = [p.detach().clone() for p in student.trainable()]
+    start = 0
+    for p in student.trainable():
+        p.data -= 0.05 * found[start : start + p.numel()].view_as(p)
+        start += p.numel()
+    assert objective() > before
+    for p, old in zip(student.trainable(), saved, strict=True):
+        p.data.copy_(old)
+
+
+def test_the_reference_is_the_student_with_its_adapters_off(student):
+    row = pack(episodes(), ADVANTAGES, 100)[0]
+    config = dataclasses.replace(CONFIG, beta=0.1)
+    assert batch_loss(student, row, config).metrics["kl"].item() > 1e-4
+    fresh = load_student("tiny", quant="none", dtype="fp32", lora_rank=4, lora_alpha=8)  # its adapters add nothing yet
+    assert batch_loss(fresh, row, config).metrics["kl"].item() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_metrics_of_rows_combine_to_those_of_the_step(student):
+    def combined(budget: int) -> dict[str, float]:
+        metrics = StepMetrics(updates=1)
+        for row in pack(episodes(), ADVANTAGES, budget):
+            metrics.add(batch_loss(student, row, CONFIG), row)
+        return metrics.result()
+
+    whole, many = combined(100), combined(12)
+    for name in ("loss", "entropy", "ratio/mean", "ratio/max", "logp_gap/mean", "logp_gap/max", "clip/low"):
+        assert whole[name] == pytest.approx(many[name], rel=1e-4, abs=1e-6), name
+    assert whole["tokens/trained"] < many["tokens/trained"]
+
+
+def test_the_fullest_row_is_full_and_shares_nothing(student):
+    config = dataclasses.replace(CONFIG, max_prompt_tokens=20, max_new_tokens=10, micro_tokens=95)
+    row = fullest_row(config, 300)
+    assert len(row.segment_parents) == 6  # three prompts and three tails
+    assert len(row.targets_N) == 30
+    assert len(row.ids_T) == 3 * 29  # the last token of each rollout predicts nothing
+    text = prove_fit(student, config)
+    assert "the fullest row (87 tokens, 30 of them sampled) fits" in text
+    assert all(p.grad is None for p in student.trainable())
