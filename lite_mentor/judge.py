@@ -50,7 +50,9 @@ def is_correct(answer: str | None, gold: tuple[str, ...], checker: Literal["math
     print about ten significant digits and a chain of calls loses a few of them, while one unit too much or a missing
     cent must stay wrong. (Numbers so large that tools print only ten digits have the millionth alone.)
     A percent sign means hundredths, or nothing if only one of the two has it: 50% is 0.5, and 50; 0.5 is not 50.
-    Units in \\text{} are dropped. What is not a number is right if math-verify says so within its limits.
+    Units are dropped: 12\\text{ km}, 12 books. Arithmetic that is left to do is no answer to a question about a number:
+    who may write 95*66 or 144/2 for its result needs no tools. (A fraction such as 3/4 is a number.)
+    What is not a number is right if math-verify says so within its limits.
 
     text: equal in lower case, without articles and punctuation, keeping the points and signs of numbers.
     """
@@ -95,7 +97,7 @@ _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^
 _CLEANINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"−", "-"),
+        (r"[−–]", "-"),
         (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!", ""),
         (r"(?<=[0-9])(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))", ","),
         (r"\\[,;: ]|~", " "),
@@ -106,7 +108,23 @@ _CLEANINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\s*\.?\s*$", ""),
     )
 )
-_UNIT = re.compile(r"\s*\\(?:text|mathrm|mbox)\s*\{[A-Za-z .]*\}(?:\^\{?[23]\}?)?$")
+_NO_UNIT = (  # words that change the number before them
+    r"\b(?:or|and|to|not|plus|minus|times|over|mod|modulo|point|squared|cubed|factorial|pi|tau|percent|dozen|hundred|"
+    r"thousand|million|billion|trillion|half|halves|(?:third|quarter|fourth|fifth|sixth|eighth|tenth|hundredth|"
+    r"thousandth)s?)\b"
+)
+_UNIT = re.compile(
+    rf"(?:\s*\\(?:text|mathrm|mbox)\s*\{{(?:\s*(?!{_NO_UNIT})\b[A-Za-z]+\.?)*\s*\}}(?:\^\{{?[23]\}}?)?"
+    rf"|(?:\s+(?!{_NO_UNIT})(?:[A-Za-z]{{3,}}|of|[ckm]?m(?:\^\{{?[23]\}}?)?))+|\s*°)$",
+    re.IGNORECASE,
+)
+_NUMERAL = re.compile(r"[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+")
+_OPERATION = re.compile(
+    r"[!|]|\^(?!\{?\\circ)|[a-z]\s*\(|\\(?:sqrt|lfloor|lceil|lvert|log|ln|exp|sin|cos|tan|[dt]?binom)(?![a-zA-Z])|"
+    + _NO_UNIT,
+    re.IGNORECASE,
+)
+_DIVISION = re.compile(r"[0-9.})]\s*/|frac")
 
 
 def _same_mathematics(answer: str, accepted: str) -> bool:
@@ -114,6 +132,8 @@ def _same_mathematics(answer: str, accepted: str) -> bool:
     if not answer or answer == accepted:
         return bool(answer)
     found, expected = _number(answer), _number(accepted)
+    if expected is not None and _left_to_do(answer):
+        return False
     if found is None or expected is None:
         return _math_verify(answer, accepted)
     (found_value, found_percent), (expected_value, expected_percent) = found, expected
@@ -122,6 +142,15 @@ def _same_mathematics(answer: str, accepted: str) -> bool:
     if found_percent and not expected_percent:
         return _close(found_value / 100, expected_value)
     return expected_percent and not found_percent and _close(found_value, expected_value / 100)
+
+
+def _left_to_do(text: str) -> bool:
+    """Is this arithmetic instead of a number? Of an equation, the part after the last = counts."""
+    result = text.rpartition("=")[2].strip()
+    number = _number(result)
+    if number is not None:
+        return number[0].denominator == 1 and _DIVISION.search(result) is not None
+    return len(_NUMERAL.findall(result)) > 1 or _OPERATION.search(result) is not None
 
 
 def _close(found: Fraction, expected: Fraction) -> bool:
