@@ -128,6 +128,8 @@ class Config:
     """Steps between checkpoints."""
     eval_every: int = 0
     """Steps between evaluations during RL; 0: only before and after."""
+    track: Literal["none", "tensorboard"] = "none"
+    """Also write every number of metrics.jsonl to TensorBoard files in the run's folder (extra `track`)."""
 
     @property
     def rollouts_per_step(self) -> int:
@@ -148,6 +150,7 @@ class Config:
         neutral = {
             "out",
             "resume",
+            "track",
             "check",
             "save_every",
             "eval_every",

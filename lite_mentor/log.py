@@ -54,6 +54,7 @@ class RunLog:
             temporary.replace(self.out / "config.json")
             self._files = {name: open(self.out / name, "ab", buffering=0) for name in LINES}  # noqa: SIM115
         self._display = Display(config, total_steps, quiet)
+        self._tracker = _tensorboard(self.out) if config.get("track") == "tensorboard" else None
 
     def __enter__(self) -> RunLog:
         return self
@@ -64,6 +65,9 @@ class RunLog:
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Write and show one step. `metrics` has at least step (from 0) and phase ("sft" or "rl")."""
         self._append("metrics.jsonl", metrics)
+        for name, value in metrics.items() if self._tracker else ():
+            if isinstance(value, (int, float)):
+                self._tracker.add_scalar(f"{metrics['phase']}/{name}", value, metrics["step"])
         self._display.step(metrics)
 
     def rollouts(
@@ -125,6 +129,8 @@ class RunLog:
     def close(self) -> None:
         """Leave the last state of the display standing, and close the files."""
         self._display.close()
+        if self._tracker:
+            self._tracker.close()
         for file in self._files.values():
             file.close()
 
@@ -149,6 +155,14 @@ class RunLog:
                 f"The run's folder {self.out} cannot be written ({error.strerror or error}); "
                 "make room or rights there, or choose another --out."
             ) from error
+
+
+def _tensorboard(out: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--track tensorboard needs its package: pip install 'lite-mentor[track]'.") from error
+    return SummaryWriter(str(out / "tensorboard"))
 
 
 def segments(rollout: Rollout, decode: Callable[[list[int]], str]) -> list[dict]:

@@ -1,12 +1,13 @@
 """Runs code that may hang, crash or fill the memory in worker processes, and kills those that do.
 
 What is limited: wall-clock time (the worker and everything it started are killed), CPU time, memory, the size of a
-file, the number of open files, the length of a result. A worker sees only the environment variables that importing
-needs, so no keys or tokens, and what it prints goes nowhere.
+file, the number of open files and of processes, the length of a result. A worker sees only the environment variables
+that importing needs, so no keys or tokens, and what it prints goes nowhere.
 
 What is NOT protected: a tool reads and writes every file that you can, uses the network, starts processes (a child
 that leaves its process group outlives the worker) and may remember things from one call to the next. The limits other
-than wall-clock time need the `resource` module, so Windows has none, and macOS does not limit memory. This guards a
+than wall-clock time need the `resource` module, so Windows has none, macOS does not limit memory, and root may start
+any number of processes. This guards a
 run against buggy tools and absurd arguments, not against tools written to do harm: use a container for those.
 """
 
@@ -23,7 +24,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 try:
@@ -39,6 +41,8 @@ START_SECONDS = 60.0
 MEMORY_BYTES = 4 << 30
 FILE_BYTES = 64 << 20
 OPEN_FILES = 128
+PROCESSES = 4096
+"""Of all processes and threads of the user, for that is how systems count: far above what a desktop needs."""
 MAX_REPLY_BYTES = 1 << 20
 
 Status = Literal["ok", "error", "timeout"]
@@ -198,6 +202,11 @@ class Sandbox:
         finally:
             self._free.put(worker)
 
+    def map(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[Status, str]]:
+        """`call` for each (path, arguments), side by side on all workers; the answers in the order of the calls."""
+        with ThreadPoolExecutor(len(self._workers)) as pool:
+            return list(pool.map(lambda one: self.call(*one), calls))
+
 
 def _load(worker: Worker, path: str) -> None:
     try:
@@ -235,7 +244,13 @@ def serve(answer: Callable[[Request], Mapping[str, Any]], memory_bytes: int) -> 
 def _limit(memory_bytes: int) -> None:
     if resource is None:
         return
-    sizes = {"RLIMIT_AS": memory_bytes, "RLIMIT_FSIZE": FILE_BYTES, "RLIMIT_NOFILE": OPEN_FILES, "RLIMIT_CORE": 0}
+    sizes = {
+        "RLIMIT_AS": memory_bytes,
+        "RLIMIT_FSIZE": FILE_BYTES,
+        "RLIMIT_NOFILE": OPEN_FILES,
+        "RLIMIT_NPROC": PROCESSES,
+        "RLIMIT_CORE": 0,
+    }
     for name, size in sizes.items():
         _set_limit(getattr(resource, name), size, hard=True)
 

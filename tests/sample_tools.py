@@ -93,6 +93,20 @@ def many_files() -> int:
     return len([open(os.devnull) for _ in range(1000)])
 
 
+def limits() -> list[int]:
+    import resource
+
+    names = ("CPU", "AS", "FSIZE", "NOFILE", "NPROC", "CORE")
+    return [resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[0] for name in names]
+
+
+def meet(mine: str, other: str) -> str:
+    open(mine, "w").close()
+    while not os.path.exists(other):
+        pass
+    return "met"
+
+
 def ten_gigabytes() -> int:
     return len(bytearray(10 << 30))
 

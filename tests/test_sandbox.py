@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -91,6 +92,15 @@ def test_open_files_are_limited(call):
     assert "Too many open files" in text
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems lack some of the limits")
+def test_every_limit_is_set(call):
+    status, text = call("limits")
+    limits = [int(limit) for limit in text.split(", ")]
+    most = [600, 4 << 30, 64 << 20, 128, 4096, 0]  # CPU seconds grow with what the worker has used
+    assert (status, len(limits)) == ("ok", 6)
+    assert all(0 <= limit <= bound for limit, bound in zip(limits, most, strict=True))
+
+
 def test_an_endless_call_times_out():
     with Sandbox(workers=1, timeout_s=1.0) as sandbox:
         assert sandbox.call(ADD, {"a": 1, "b": 2}) == ("ok", "3")
@@ -161,6 +171,27 @@ def test_calls_from_many_threads_get_their_own_answers():
     with Sandbox(workers=2) as sandbox, ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: sandbox.call(ADD, {"a": i, "b": 0}), range(100)))
     assert found == [("ok", str(i)) for i in range(100)]
+
+
+def test_a_batch_of_calls_keeps_its_order_whatever_some_of_them_do():
+    calls = [(ADD, {"a": i, "b": 0}) for i in range(10)]
+    calls[2:2] = [("sample_tools:leave", {}), ("sample_tools:divide_by_zero", {})]
+    expected = [("ok", str(i)) for i in range(10)]
+    expected[2:2] = [("error", ENDED), ("error", "Error: ZeroDivisionError: division by zero")]
+    with Sandbox(workers=3) as sandbox:
+        assert sandbox.map(calls) == expected
+        assert sandbox.map([]) == []
+        with pytest.raises(UserError, match="no_such_module"):
+            sandbox.map([*calls, ("no_such_module:tool", {})])
+        assert sandbox.call(ADD, {"a": 1, "b": 2}) == ("ok", "3")
+
+
+def test_a_batch_runs_side_by_side(tmp_path):
+    """Each call waits until the other has begun: one after the other, both would time out."""
+    names = [str(tmp_path / name) for name in ("one", "two")]
+    with Sandbox(workers=2, timeout_s=60.0) as sandbox:
+        calls = [("sample_tools:meet", {"mine": a, "other": b}) for a, b in (names, names[::-1])]
+        assert sandbox.map(calls) == [("ok", "met"), ("ok", "met")]
 
 
 def test_closing_ends_the_workers_and_a_call_in_flight():
