@@ -42,8 +42,8 @@ class Config:
 
     student: str = "smollm2-135m"
     """A local folder, a hub id, `smollm2-135m`, or `tiny` (random weights)."""
-    quant: Literal["nf4", "none"] = "nf4"
-    """Base weights in 4-bit NF4, or unquantised in the compute dtype."""
+    quant: Literal["nf4", "none"] = "none"
+    """Base weights in 4-bit NF4 (the GPU presets), or unquantised in the compute dtype."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype; auto takes bf16 where this hardware was measured to be faster in it."""
     lora_rank: int = 16
@@ -55,7 +55,7 @@ class Config:
 
     task: str = "math"
     """Training tasks: a built-in suite (math, tiny, gsm_symbolic) or a path to a .jsonl or .parquet file."""
-    levels: tuple[int, ...] = (1, 2)
+    levels: tuple[int, ...] = (1,)
     """Difficulty of the built-in tasks, as the number of calls a solution needs."""
     train_size: int = 2000
     """How many training examples are generated or read."""
@@ -63,19 +63,19 @@ class Config:
     """Folder of the teacher's cache; empty: the built-in tasks' own solutions, cached at the first run."""
     eval_suites: tuple[str, ...] = ("validation", "test", "ood_tools", "ood_lookup")
     """Held-out suites: `validation` and `test` are splits of the task, the others are named suites."""
-    eval_size: int = 200
+    eval_size: int = 100
     """Examples of `validation`; every other suite uses half as many."""
 
-    sft_steps: int = 12
+    sft_steps: int = 16
     """Cold start: supervised steps on the teacher's records before RL; 0 leaves it to the support gate."""
     sft_batch: int = 16
     """Teacher records in a supervised step."""
     sft_lr: float = 1e-3
     """Peak learning rate of the cold start."""
 
-    steps: int = 40
+    steps: int = 16
     """RL steps."""
-    prompts_per_step: int = 4
+    prompts_per_step: int = 6
     """Examples in a step."""
     group_size: int = 8
     """Rollouts of each example."""
@@ -87,9 +87,9 @@ class Config:
     """Sample from the smallest set of tokens with this much probability; 1 is off."""
     max_turns: int = 4
     """Assistant turns in an episode; a call in the last one leaves it unfinished."""
-    max_new_tokens: int = 256
+    max_new_tokens: int = 128
     """Tokens after the prompt, over all turns, tool results included."""
-    max_prompt_tokens: int = 512
+    max_prompt_tokens: int = 384
     """A longer prompt is an error, not a silent cut."""
 
     reward: Literal["mentor", "mentor_f1", "mentor_overlap", "no_align", "sparse", "strict", "flex"] = "flex"
@@ -121,10 +121,10 @@ class Config:
     """The gradient is scaled down to this norm."""
     updates_per_step: int = 1
     """Optimizer steps on one step's rollouts; each takes its share of the groups."""
-    micro_tokens: int = 2048
+    micro_tokens: int = 1024
     """Most tokens in one packed row: this decides the memory of an update, never its result."""
 
-    save_every: int = 20
+    save_every: int = 8
     """Steps between checkpoints."""
     eval_every: int = 0
     """Steps between evaluations during RL; 0: only before and after."""
@@ -163,14 +163,14 @@ class Config:
 
 
 _PAPER = dict(
-    student="Qwen/Qwen3-1.7B", lora_rank=32, lora_alpha=64, gradient_checkpointing=True, levels=(1, 2, 3, 4, 5, 6),
+    student="Qwen/Qwen3-1.7B", quant="nf4", lora_rank=32, lora_alpha=64, gradient_checkpointing=True, levels=(1, 2, 3, 4, 5, 6),
     sft_steps=0, prompts_per_step=32, updates_per_step=4, group_size=10, max_turns=5, max_new_tokens=8192,
     max_prompt_tokens=1536, temperature=0.6, top_k=20, top_p=0.99, reward="mentor", advantage="grpo",
     loss="dapo", clip=(0.2, 0.2), beta=0.001, kl="k3", entropy=0.001, lr=2e-5, warmup=0, weight_decay=0.01,
     micro_tokens=16384, steps=125, save_every=10, eval_every=10,
 )  # fmt: skip
 _MODERN = dict(
-    student="Qwen/Qwen3-1.7B", lora_rank=32, lora_alpha=64, gradient_checkpointing=True, levels=(1, 2, 3, 4, 5, 6),
+    student="Qwen/Qwen3-1.7B", quant="nf4", lora_rank=32, lora_alpha=64, gradient_checkpointing=True, levels=(1, 2, 3, 4, 5, 6),
     sft_steps=20, sft_lr=2e-4, prompts_per_step=16, group_size=8, max_turns=8, max_new_tokens=2048,
     max_prompt_tokens=1536, reward="flex", advantage="gdpo", loss="dapo", beta=0.0, lr=5e-5, warmup=5,
     micro_tokens=16384, steps=200, save_every=20, eval_every=50,
