@@ -163,16 +163,16 @@ class Config:
 
 
 _PAPER = dict(
-    student="Qwen/Qwen3-1.7B", quant="nf4", lora_rank=32, lora_alpha=64, gradient_checkpointing=True, levels=(1, 2, 3, 4, 5, 6),
-    sft_steps=0, prompts_per_step=32, updates_per_step=4, group_size=10, max_turns=5, max_new_tokens=8192,
-    max_prompt_tokens=1536, temperature=0.6, top_k=20, top_p=0.99, reward="mentor", advantage="grpo",
+    student="Qwen/Qwen3-1.7B", quant="nf4", lora_rank=32, lora_alpha=64, gradient_checkpointing=True,
+    levels=(1, 2, 3, 4, 5, 6), sft_steps=0, prompts_per_step=32, updates_per_step=4, group_size=10,
+    max_turns=5, max_new_tokens=8192, max_prompt_tokens=1536, temperature=0.6, top_k=20, top_p=0.99, reward="mentor", advantage="grpo",
     loss="dapo", clip=(0.2, 0.2), beta=0.001, kl="k3", entropy=0.001, lr=2e-5, warmup=0, weight_decay=0.01,
     micro_tokens=16384, steps=125, save_every=10, eval_every=10,
 )  # fmt: skip
 _MODERN = dict(
-    student="Qwen/Qwen3-1.7B", quant="nf4", lora_rank=32, lora_alpha=64, gradient_checkpointing=True, levels=(1, 2, 3, 4, 5, 6),
-    sft_steps=20, sft_lr=2e-4, prompts_per_step=16, group_size=8, max_turns=8, max_new_tokens=2048,
-    max_prompt_tokens=1536, reward="flex", advantage="gdpo", loss="dapo", beta=0.0, lr=5e-5, warmup=5,
+    student="Qwen/Qwen3-1.7B", quant="nf4", lora_rank=32, lora_alpha=64, gradient_checkpointing=True,
+    levels=(1, 2, 3, 4, 5, 6), sft_steps=20, sft_lr=2e-4, prompts_per_step=16, group_size=8,
+    max_turns=8, max_new_tokens=2048, max_prompt_tokens=1536, reward="flex", advantage="gdpo", loss="dapo", beta=0.0, lr=5e-5, warmup=5,
     micro_tokens=16384, steps=200, save_every=20, eval_every=50,
 )  # fmt: skip
 

@@ -25,21 +25,24 @@ from lite_mentor.rollout import Limits, RunCall, roll_out
 from lite_mentor.sandbox import Sandbox
 from lite_mentor.statistics import paired_bootstrap, tool_statistics, wilson
 from lite_mentor.student import load_student
-from lite_mentor.tasks import load_suite
+from lite_mentor.tasks import load_suite, load_task
 from lite_mentor.tools import run_call
 from lite_mentor.types import Example, Rollout
 
 
 def suites(config: Config) -> dict[str, list[Example]]:
-    """The held-out examples of a run. They never depend on the seed: all runs are judged on the same ones."""
+    """The held-out examples of a run, whatever its seed. A file too small to hold any out has fewer suites."""
     out = {}
     for name in config.eval_suites:
         size = config.eval_size if name == "validation" else max(1, config.eval_size // 2)
         if name in ("validation", "test"):
-            out[name] = load_suite(config.task, split=name, size=size, seed=0, levels=config.levels)
+            out[name] = load_task(
+                config.task, split=name, size=size, seed=0, levels=config.levels,
+                quarantine=Path(config.out) / "quarantine.jsonl",
+            )  # fmt: skip
         else:
             out[name] = load_suite(name, split="test", size=size, seed=0)
-    return out
+    return {name: examples for name, examples in out.items() if examples}
 
 
 def evaluate(

@@ -26,8 +26,7 @@ from lite_mentor.prompt import Chat
 from lite_mentor.rollout import Limits, RunCall
 from lite_mentor.sandbox import Sandbox
 from lite_mentor.student import Student, compute_dtype, load_student
-from lite_mentor.tasks import load_suite
-from lite_mentor.tasks.jsonl import read_tasks
+from lite_mentor.tasks import load_task
 from lite_mentor.teacher import TeacherCache, open_cache
 from lite_mentor.tools import run_call
 from lite_mentor.types import Example
@@ -149,9 +148,10 @@ def slots(config: Config) -> int:
 
 def load_tasks(config: Config, out: Path) -> list[Example]:
     """The training examples: a built-in suite, or the user's own file."""
-    if config.task.endswith((".jsonl", ".parquet")):
-        return read_tasks(Path(config.task), quarantine=out / "quarantine.jsonl")[: config.train_size]
-    return load_suite(config.task, split="train", size=config.train_size, seed=0, levels=config.levels)
+    return load_task(
+        config.task, split="train", size=config.train_size, seed=0, levels=config.levels,
+        quarantine=out / "quarantine.jsonl",
+    )  # fmt: skip
 
 
 def open_teacher(config: Config, log: RunLog) -> TeacherCache:

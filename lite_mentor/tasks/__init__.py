@@ -18,6 +18,7 @@ import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from lite_mentor.errors import UserError
@@ -44,6 +45,18 @@ def load_suite(name: str, *, split: Split, size: int, seed: int, levels: Sequenc
         have = ", ".join(str(level) for level in module.LEVELS)
         raise UserError(f"Suite {name} has none of the levels {tuple(levels or ())}; it has {have}.")
     return module.generate(split, size=size, seed=seed, levels=kept)
+
+
+def load_task(
+    task: str, *, split: Split, size: int, seed: int, levels: Sequence[int] | None, quarantine: Path
+) -> list[Example]:
+    """One split of a built-in suite, or of the user's own file, where a hash of the content holds out a tenth each."""
+    if not task.endswith((".jsonl", ".parquet")):
+        return load_suite(task, split=split, size=size, seed=seed, levels=levels)
+    from lite_mentor.tasks.jsonl import read_tasks
+
+    examples = read_tasks(Path(task), quarantine=quarantine)
+    return [example for example in examples if split_of(example.key, ()) == split][:size]
 
 
 def split_of(template: str, numbers: Sequence[Any]) -> Split:
