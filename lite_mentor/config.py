@@ -66,16 +66,16 @@ class Config:
     eval_size: int = 100
     """Examples of `validation`; every other suite uses half as many."""
 
-    sft_steps: int = 16
+    sft_steps: int = 24
     """Cold start: supervised steps on the teacher's records before RL; 0 leaves it to the support gate."""
     sft_batch: int = 16
     """Teacher records in a supervised step."""
     sft_lr: float = 1e-3
     """Peak learning rate of the cold start."""
 
-    steps: int = 16
+    steps: int = 18
     """RL steps."""
-    prompts_per_step: int = 6
+    prompts_per_step: int = 8
     """Examples in a step."""
     group_size: int = 8
     """Rollouts of each example."""
@@ -109,7 +109,7 @@ class Config:
     tis_cap: float = 2.0
     """Cap of the correction for sampler and trainer disagreeing (truncated importance sampling); 0 is off."""
 
-    lr: float = 2e-4
+    lr: float = 1e-4
     """Peak learning rate of RL."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up."""
@@ -124,7 +124,7 @@ class Config:
     micro_tokens: int = 1024
     """Most tokens in one packed row: this decides the memory of an update, never its result."""
 
-    save_every: int = 8
+    save_every: int = 9
     """Steps between checkpoints."""
     eval_every: int = 0
     """Steps between evaluations during RL; 0: only before and after."""
