@@ -49,11 +49,15 @@ def measured_keys(rows: list[dict]) -> list[str]:
 
 def table(middle: dict[str, float]) -> str:
     """The stages as Markdown: seconds, share of the step, and tokens/s where a stage makes or reads tokens."""
-    tokens = {"rollout": middle["tokens/sampled"], "update": middle["tokens/trained"], "step": middle["tokens/sampled"]}
+    tokens = {
+        "rollout": middle["tokens/sampled"],
+        "update": middle.get("tokens/trained"),
+        "step": middle["tokens/sampled"],
+    }
     lines = ["| stage | s | share | tokens/s |", "|---|---|---|---|"]
     for stage in STAGES:
         seconds = middle[f"time/{stage}"]
-        rate = f"{tokens[stage] / seconds:.0f}" if stage in tokens else ""
+        rate = f"{tokens[stage] / seconds:.0f}" if tokens.get(stage) else ""
         lines.append(f"| {stage} | {seconds:.2f} | {seconds / middle['time/step']:.0%} | {rate} |")
     lines.append(f"\npeak memory {middle['memory/peak'] / 2**30:.2f} GiB")
     return "\n".join(lines)
