@@ -224,9 +224,9 @@ PRESETS: dict[str, Config] = {
     "quick": Config(),
     "tiny": Config(
         preset="tiny", student="tiny", quant="none", dtype="fp32", task="tiny", levels=(1,), lora_rank=64,
-        lora_alpha=64, eval_suites=("validation", "test"), sft_steps=150, sft_batch=32, sft_lr=5e-3,
-        steps=20, prompts_per_step=8, max_turns=3, max_new_tokens=96, max_prompt_tokens=256, lr=1e-3,
-        micro_tokens=8192, save_every=10,
+        lora_alpha=64, eval_suites=("validation", "test"), sft_steps=75, sft_batch=32, sft_lr=5e-3,
+        steps=28, prompts_per_step=32, max_turns=3, max_new_tokens=96, max_prompt_tokens=256, lr=5e-5,
+        micro_tokens=8192, save_every=14,
     ),
     "paper": Config(preset="paper", **_PAPER),
     "modern": Config(preset="modern", **_MODERN),
