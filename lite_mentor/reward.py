@@ -63,8 +63,11 @@ def score(
 ) -> tuple[list[Scored], AdvantageOut]:
     """Measure every rollout of a step and compare each with its group."""
     measured = [measure(examples[r.example_key], r, teacher[r.example_key]) for r in rollouts]
+    columns = tensors(examples, rollouts, measured, config.device)
+    if config.reward != "strict":  # no other preset reads it, and its range of -3 to 4 would drown the others' curves
+        del columns["process_B"]
     out = group_advantage(
-        **tensors(examples, rollouts, measured, config.device),
+        **columns,
         config=RewardConfig(reward=config.reward, advantage=config.advantage),
         backend=config.kernel_backend,
     )
