@@ -198,7 +198,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, kind):
         ("opt", dict(word_embed_proj_dim=64), "does not reproduce"),
         (
             "stablelm",
-            dict(num_attention_heads=4, num_key_value_heads=2, partial_rotary_factor=1.0),
+            dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, partial_rotary_factor=1.0),
             "does not pass arguments on",
         ),
         ("qwen3_moe", dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32), "of type Qwen3MoeExperts"),
