@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import torch
+import triton
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:
-    """`backend`, or the default for `device` when it is None.
+    """`backend`, or when it is None the default for `device`: "triton" on CUDA, "torch" elsewhere.
 
-    Only the torch backend exists so far, on every device. Raises NotImplementedError for "triton" and ValueError for
-    any other name.
+    Raises ValueError for any other name, and for "triton" where it cannot run.
     """
-    if backend is None or backend == "torch":
-        return "torch"
-    if backend == "triton":
-        raise NotImplementedError(f'the Triton backend (asked for on {device}) is not there yet; use backend="torch"')
-    raise ValueError(f'backend must be "triton", "torch" or None, not {backend!r}')
+    if backend is None:
+        return "triton" if device.type == "cuda" else "torch"
+    if backend not in ("triton", "torch"):
+        raise ValueError(f'backend must be "triton", "torch" or None, not {backend!r}')
+    if backend == "triton" and device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"the Triton backend needs tensors on a CUDA device, not on {device}; "
+            "to run its kernels on the CPU, slowly, set TRITON_INTERPRET=1 before mentor_kernels is imported"
+        )
+    return backend
+
+
+def interpreted() -> bool:
+    """Do Triton kernels run in the interpreter, on the CPU? Decided when they are imported."""
+    return triton.knobs.runtime.interpret
