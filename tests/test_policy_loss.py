@@ -25,6 +25,27 @@ def test_against_float64_whole_and_in_micro_batches(case, dtype):
     check_policy(loss_of, case, dtype)
 
 
+def triton_loss_of(*, logp_N, old_logp_N, advantage_N, **rest) -> torch.Tensor:
+    return policy_loss(logp_N, old_logp_N, advantage_N, backend="triton", **rest).loss
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU here")
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_the_kernels_against_float64_whole_and_in_micro_batches(case):
+    check_policy(triton_loss_of, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_the_kernels_on_a_gpu(case):
+    check_policy(triton_loss_of, case, device="cuda")
+
+
+def test_the_kernels_take_float32_alone():
+    with pytest.raises(ValueError, match="float64 needs backend='torch'"):
+        check_policy(triton_loss_of, CASES[0], torch.float64, "cuda" if torch.cuda.is_available() else "cpu")
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8).map(tuple),

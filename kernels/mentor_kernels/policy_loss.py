@@ -24,15 +24,22 @@ len(q) is counted here, so a micro-batch must hold all sampled tokens of each of
 
 Exponents stop at EXPONENT_MAX in the ratios and in k3, so that no overflow turns a zero advantage into NaN.
 
-Bytes: a few vectors of N. All of it, d loss / d logp and the metrics included, is one pass: the backward only scales.
+Bytes: up to seven vectors of N in, two out (the gradient and w), some 40 bytes and 100 FLOPs a token; the segment pass
+reads up to four of them twice. All of it, d loss / d logp and the metrics included, is one pass: the backward only
+scales. The Triton backend takes two launches, whatever the loss: each program of _policy_tokens writes all of its
+tokens and one row of partial sums; _policy_sums, a single program, adds the rows in a fixed order. One launch needs
+atomics, which add in another order each run, or a single program, too slow for 100,000 tokens.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
+import triton
+import triton.language as tl
 
 from mentor_kernels.backend import resolve_backend
 from mentor_kernels.linear_logprob import linear_logprob
@@ -246,6 +253,253 @@ def _max(values_N: torch.Tensor) -> torch.Tensor:
     return values_N.max() if values_N.numel() else values_N.sum()
 
 
+# --- the Triton backend: float32, two launches ---------------------------------------------------------------------
+
+# Tokens that one program has in registers; 2 of each vector a thread. With 1,024 sm_90 spills 8 bytes.
+BLOCK = 512
+# Where sequences matter, a program takes those that START among SPAN tokens, one after another, each to its end.
+SPAN = 64
+# Rows of partial sums that are added at a time; each is the loss and METRICS, padded to COLUMNS.
+SUM_ROWS, COLUMNS = 128, 16
+WARPS = 8
+
+
+@triton.jit
+def _exponential(x):
+    """exp(x) and exp(x) - 1 to the last digits, x at most EXPONENT_MAX; the hardware's exp is approximate.
+
+    exp(x) = 2^n exp(r), |r| <= log(2) / 2, and exp(r) - 1 = p by its series, so nothing cancels near 0.
+    """
+    x = tl.where(x < -87.0, -87.0, x)
+    n = tl.where(x == x, tl.floor(x * 1.4426950408889634 + 0.5), 0.0)  # NaN has no integer; r keeps it
+    r = (x - n * 0.693359375) + n * 2.12194440e-4  # log(2) in two parts, the first with 9 bits: its product is exact
+    p = 1 + r * (1 / 5) * (1 + r * (1 / 6) * (1 + r * (1 / 7) * (1 + r * (1 / 8))))
+    p = r * (1 + r * (1 / 2) * (1 + r * (1 / 3) * (1 + r * (1 / 4) * p)))
+    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return power * p + power, power * p + (power - 1)
+
+
+@triton.jit
+def _log_ratios(logp_ptr, old_ptr, behaviour_ptr, i, ok):
+    """logp, log(pi / old) and log(old / sampler); 0 where there is no such policy, and outside."""
+    logp = tl.load(logp_ptr + i, mask=ok, other=0.0)
+    old = logp
+    if old_ptr is not None:
+        old = tl.load(old_ptr + i, mask=ok, other=0.0)
+    gap = tl.zeros_like(logp)
+    if behaviour_ptr is not None:
+        gap = old - tl.load(behaviour_ptr + i, mask=ok, other=0.0)
+    return logp, logp - old, gap
+
+
+@triton.jit
+def _sequence_totals(sequence_ptr, logp_ptr, old_ptr, behaviour_ptr, start, N, BLOCK: tl.constexpr):
+    """Of the sequence that starts at `start`: its end, and its sums of log(pi / old) and log(old / sampler)."""
+    own = tl.load(sequence_ptr + start)
+    ratio_B = tl.zeros([BLOCK], tl.float32)
+    gap_B = tl.zeros([BLOCK], tl.float32)
+    end = start
+    more = start < N
+    while more:
+        i = end + tl.arange(0, BLOCK)
+        same = tl.load(sequence_ptr + i, mask=i < N, other=0) == own
+        stop = tl.min(tl.where(same & (i < N), end + BLOCK, i))
+        _, ratio, gap = _log_ratios(logp_ptr, old_ptr, behaviour_ptr, i, i < stop)
+        ratio_B += ratio
+        gap_B += gap
+        more = stop == end + BLOCK
+        end = stop
+    return end, tl.sum(ratio_B), tl.sum(gap_B)
+
+
+@triton.jit
+def _policy_slope(ratio, logp, advantage, lower, upper, dual, CISPO: tl.constexpr):
+    """_policy_term. Without a dual clip `dual` is infinite; cispo's cap is `upper`."""
+    if CISPO:
+        high = ratio > upper
+        low = high & (upper < 0)
+        clipped = low
+        slope = -tl.where(high, upper, ratio) * advantage
+        pg = slope * logp
+    else:
+        low = (advantage < 0) & (ratio < lower)
+        high = (advantage > 0) & (ratio > upper)
+        clipped = (advantage < 0) & (ratio > dual)
+        effective = tl.where(low, lower, tl.where(high, upper, tl.where(clipped, dual, ratio)))
+        slope = tl.where(low | high | clipped, 0.0, -ratio * advantage)
+        pg = -effective * advantage
+    return pg, slope, low.to(tl.float32), high.to(tl.float32), clipped.to(tl.float32)
+
+
+@triton.jit
+def _kl_slope(logp, ref_ptr, i, ok, KL: tl.constexpr, TOP: tl.constexpr):
+    """_kl."""
+    kl, slope = tl.zeros_like(logp), tl.zeros_like(logp)
+    if ref_ptr is not None:
+        d = tl.load(ref_ptr + i, mask=ok, other=0.0) - logp
+        if KL == "k1":
+            kl, slope = -d, tl.full(d.shape, 1.0, tl.float32)
+        elif KL == "k2":
+            kl, slope = d * d * 0.5, -d
+        else:
+            _, less_one = _exponential(tl.where(d > TOP, TOP, d))
+            kl, slope = less_one - d, -less_one
+    return kl, slope
+
+
+@triton.jit(do_not_specialize=["N"])
+def _policy_tokens(
+    logp_ptr, old_ptr, advantage_ptr, sequence_ptr, ref_ptr, behaviour_ptr, entropy_ptr, slope_ptr, w_ptr, partial_ptr,
+    N, weight, lower, upper, dual, cap, above, beta, entropy_coef,
+    LOSS: tl.constexpr, KL: tl.constexpr, TIS: tl.constexpr, TOP: tl.constexpr,
+    SEQUENCES: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """w and d loss / d logp of each token, and one row of sums over this program's tokens.
+
+    SEQUENCES: the program has the sequences that start in its span. A token's program follows from the sequence alone,
+    so that all its tokens get one and the same ratio and weight. Otherwise it has its span.
+    """
+    first = tl.program_id(0) * SPAN
+    start, limit = first, tl.minimum(first + SPAN, N)
+    if SEQUENCES:
+        s = first + tl.arange(0, SPAN)
+        own = tl.load(sequence_ptr + s, mask=s < N, other=0)
+        starts = (own != tl.load(sequence_ptr + s - 1, mask=(s > 0) & (s < N), other=0)) | (s == 0)
+        start = tl.min(tl.where(starts & (s < N), s, N))
+    none = tl.zeros([BLOCK], tl.float32)
+    loss_B, pg_B, kl_B, entropy_B, low_B, high_B, dual_B = none, none, none, none, none, none, none
+    ratio_B, top_ratio_B, tis_B, capped_B, gap_B, top_gap_B = none, none, none, none, none, none
+    while start < limit:
+        end = limit
+        w = weight
+        if SEQUENCES:
+            end, log_ratio_sum, gap_sum = _sequence_totals(
+                sequence_ptr, logp_ptr, old_ptr, behaviour_ptr, start, N, BLOCK
+            )  # fmt: skip
+            length = (end - start).to(tl.float32)
+            if LOSS == "grpo" or LOSS == "gspo":
+                w = weight / length
+        for at in range(start, end, BLOCK):
+            i = at + tl.arange(0, BLOCK)
+            ok = i < end
+            logp, log_ratio, gap = _log_ratios(logp_ptr, old_ptr, behaviour_ptr, i, ok)
+            advantage = tl.load(advantage_ptr + i, mask=ok, other=0.0)
+            if LOSS == "gspo":
+                log_ratio = tl.zeros_like(logp) + log_ratio_sum / length
+            ratio, _ = _exponential(tl.where(log_ratio > TOP, TOP, log_ratio))
+            pg, slope, low, high, clipped = _policy_slope(ratio, logp, advantage, lower, upper, dual, LOSS == "cispo")
+            if TIS != "":
+                log_tis = gap
+                if TIS == "sequence":
+                    log_tis = tl.zeros_like(gap) + gap_sum
+                tis, _ = _exponential(tl.where(log_tis > TOP, TOP, log_tis))
+                capped = tis > cap
+                tis = tl.where(capped, above, tis)
+                pg, slope = pg * tis, slope * tis
+                tis_B += tl.where(ok, tis, 0.0)
+                capped_B += tl.where(ok, capped.to(tl.float32), 0.0)
+            else:
+                tis_B += tl.where(ok, 1.0, 0.0)
+            kl, kl_slope = _kl_slope(logp, ref_ptr, i, ok, KL, TOP)
+            entropy = none
+            if entropy_ptr is not None:
+                entropy = tl.load(entropy_ptr + i, mask=ok, other=0.0)
+            tl.store(slope_ptr + i, w * (slope + beta * kl_slope), mask=ok)
+            tl.store(w_ptr + i, w + none, mask=ok)
+            loss_B += tl.where(ok, w * (pg + (beta * kl - entropy_coef * entropy)), 0.0)
+            pg_B += tl.where(ok, w * pg, 0.0)
+            kl_B += tl.where(ok, kl, 0.0)
+            entropy_B += entropy
+            low_B += tl.where(ok, low, 0.0)
+            high_B += tl.where(ok, high, 0.0)
+            dual_B += tl.where(ok, clipped, 0.0)
+            ratio_B += tl.where(ok, ratio, 0.0)
+            top_ratio_B = tl.maximum(top_ratio_B, tl.where(ok, ratio, 0.0))
+            gap_B += tl.where(ok, tl.abs(gap), 0.0)
+            top_gap_B = tl.maximum(top_gap_B, tl.where(ok, tl.abs(gap), 0.0))
+        start = end
+    row_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * COLUMNS
+    tl.store(row_ptr, tl.sum(loss_B))
+    tl.store(row_ptr + 1, tl.sum(pg_B))
+    tl.store(row_ptr + 2, tl.sum(kl_B))
+    tl.store(row_ptr + 3, tl.sum(entropy_B))
+    tl.store(row_ptr + 4, tl.sum(low_B))
+    tl.store(row_ptr + 5, tl.sum(high_B))
+    tl.store(row_ptr + 6, tl.sum(dual_B))
+    tl.store(row_ptr + 7, tl.sum(ratio_B))
+    tl.store(row_ptr + 8, tl.max(top_ratio_B))
+    tl.store(row_ptr + 9, tl.sum(tis_B))
+    tl.store(row_ptr + 10, tl.sum(capped_B))
+    tl.store(row_ptr + 11, tl.sum(gap_B))
+    tl.store(row_ptr + 12, tl.max(top_gap_B))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _policy_sums(
+    partial_ptr, loss_ptr, metrics_ptr, rows, token, ROWS: tl.constexpr, COLUMNS: tl.constexpr, METRICS: tl.constexpr
+):
+    """The rows of partial sums together. A maximum over NaN is NaN: its mean, one column to the left, knows."""
+    r_R, k_K = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    total_RK = tl.zeros([ROWS, COLUMNS], tl.float32)
+    top_RK = tl.zeros([ROWS, COLUMNS], tl.float32)
+    mean_RK = tl.zeros([ROWS, COLUMNS], tl.float32)
+    is_max_K = (k_K == 8) | (k_K == 12)
+    for row in range(0, rows, ROWS):
+        ok_RK = (row + r_R < rows)[:, None] & (k_K <= METRICS)[None, :]
+        at_RK = partial_ptr + (row + r_R)[:, None] * COLUMNS + k_K[None, :]
+        x_RK = tl.load(at_RK, mask=ok_RK, other=0.0)
+        total_RK += x_RK
+        top_RK = tl.maximum(top_RK, x_RK)
+        mean_RK += tl.load(at_RK - 1, mask=ok_RK & is_max_K[None, :], other=0.0)
+    total_K, mean_K = tl.sum(total_RK, 0), tl.sum(mean_RK, 0)
+    found_K = tl.where(k_K < 2, total_K, total_K * token)
+    found_K = tl.where(is_max_K, tl.where(mean_K == mean_K, tl.max(top_RK, 0), mean_K), found_K)
+    tl.store(loss_ptr + k_K, found_K, mask=k_K == 0)
+    tl.store(metrics_ptr + k_K - 1, found_K, mask=(k_K > 0) & (k_K <= METRICS))
+
+
+def _forward_triton(
+    logp_N: torch.Tensor,
+    old_logp_N: torch.Tensor | None,
+    advantage_N: torch.Tensor,
+    sequence_N: torch.Tensor,
+    ref_logp_N: torch.Tensor | None,
+    behaviour_logp_N: torch.Tensor | None,
+    entropy_N: torch.Tensor | None,
+    config: PolicyLossConfig,
+    normaliser: Normaliser,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As _forward_torch, without a host sync."""
+    N = logp_N.shape[0]
+    slope_N, w_N = (torch.empty(N, dtype=logp_N.dtype, device=logp_N.device) for _ in range(2))
+    if not N:
+        return logp_N.new_zeros(()), slope_N, w_N, logp_N.new_zeros(len(METRICS))
+    loss, metrics = logp_N.new_empty(()), logp_N.new_empty(len(METRICS))
+    token, sequence = 1 / max(normaliser.tokens, 1), 1 / max(normaliser.sequences, 1)
+    weight = {"dapo": token, "cispo": token, "dr_grpo": sequence / (config.max_new_tokens or 1)}
+    lower, upper = 1 - config.clip_low, 1 + config.clip_high
+    tis = config.tis_level if behaviour_logp_N is not None and config.tis_cap is not None else ""
+    cap = config.tis_cap if tis else math.inf
+    by_sequence = config.loss in ("grpo", "gspo") or tis == "sequence"
+    span = SPAN if by_sequence else BLOCK
+    rows = triton.cdiv(N, span)
+    partial = logp_N.new_empty(rows, COLUMNS)
+    vectors = (logp_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, entropy_N)
+    with torch.cuda.device_of(logp_N):
+        _policy_tokens[(rows,)](
+            *(None if v is None else v.contiguous() for v in vectors), slope_N, w_N, partial,
+            N, weight.get(config.loss, sequence), lower, config.cispo_max if config.loss == "cispo" else upper,
+            math.inf if config.dual_clip is None or config.loss == "gspo" else config.dual_clip,
+            cap, cap if config.tis_mode == "tis" else 0.0, config.beta, config.entropy_coef,
+            LOSS=config.loss, KL=config.kl, TIS=tis, TOP=EXPONENT_MAX,
+            SEQUENCES=by_sequence, SPAN=span, BLOCK=BLOCK, COLUMNS=COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
+        _policy_sums[(1,)](
+            partial, loss, metrics, rows, token, ROWS=SUM_ROWS, COLUMNS=COLUMNS, METRICS=len(METRICS), num_warps=WARPS,
+        )  # fmt: skip
+    return loss, slope_N, w_N, metrics
+
+
 # --- the operator that autograd and torch.compile see --------------------------------------------------------------
 
 
@@ -278,7 +532,8 @@ def _policy_loss(
         loss, clip_low, clip_high, dual_clip, cispo_max, kl, beta, entropy_coef, tis_cap, tis_mode, tis_level,
         max_new_tokens,
     )  # fmt: skip
-    return _forward_torch(
+    forward = _forward_triton if backend == "triton" else _forward_torch
+    return forward(
         logp_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, entropy_N, config,
         Normaliser(tokens, sequences),
     )  # fmt: skip
@@ -323,13 +578,14 @@ def policy_loss(
 ) -> PolicyLossOut:
     """This micro-batch's share of the step's loss, and its metrics. Formulas: at the top of this file.
 
-    All [N]: logprobs, advantages and entropies in logp_N's dtype (float32, or float64); sequence_N int64, the tokens of
-    one sequence next to each other and all of them here. Without `old_logp_N` the update is on-policy. Without
-    `behaviour_logp_N` there is no importance correction. gspo expects one advantage for all tokens of a sequence.
+    All [N]: logprobs, advantages and entropies in logp_N's dtype (float32, on the torch backend also float64);
+    sequence_N int64, the tokens of one sequence next to each other and all of them here. Without `old_logp_N` the
+    update is on-policy. Without `behaviour_logp_N` there is no importance correction. gspo expects one advantage for
+    all tokens of a sequence.
 
     Differentiable in logp_N and entropy_N; everything else is a constant. N = 0 gives a loss of 0 that has a graph.
     Raises ValueError for shapes, dtypes or devices that do not agree, for beta without ref_logp_N, for entropy_coef
-    without entropy_N, and for an unknown backend.
+    without entropy_N, for an unknown backend, and for float64 on the Triton backend.
     """
     vectors = {
         "old_logp_N": old_logp_N,
@@ -339,6 +595,9 @@ def policy_loss(
         "entropy_N": entropy_N,
     }
     _check(logp_N, sequence_N, vectors)
+    backend = resolve_backend(backend, logp_N.device)
+    if backend == "triton" and logp_N.dtype is torch.float64:
+        raise ValueError("the Triton backend takes float32; float64 needs backend='torch'")
     if config.beta and ref_logp_N is None:
         raise ValueError("beta is not 0, so ref_logp_N is needed")
     if config.entropy_coef and entropy_N is None:
@@ -347,7 +606,7 @@ def policy_loss(
         logp_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, entropy_N,
         config.loss, config.clip_low, config.clip_high, config.dual_clip, config.cispo_max, config.kl, config.beta,
         config.entropy_coef, config.tis_cap, config.tis_mode, config.tis_level, config.max_new_tokens,
-        normaliser.tokens, normaliser.sequences, resolve_backend(backend, logp_N.device),
+        normaliser.tokens, normaliser.sequences, backend,
     )  # fmt: skip
     unmeasured = set()
     if ref_logp_N is None:
