@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 # Several test processes on a small machine would otherwise wait on each other's threads.
@@ -12,3 +13,12 @@ torch.set_num_threads(1)
 # Before anything imports the kernels: their decorator reads it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    """A test marked `gpu` is the twin of one that runs the same checks in the interpreter."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

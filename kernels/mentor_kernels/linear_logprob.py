@@ -27,8 +27,18 @@ needs H first. It is recomputed in the backward, and only when something upstrea
 
 Bytes and FLOPs, in units of one GEMM of the head (2 N H V FLOPs): score 1, score and J 2, an entropy bonus 2 more; the
 plain way (logits, log_softmax, autograd, frozen head) takes 2 and holds two or three float32 [N, V], 200 KB a row and
-copy at V = 49,152. Here a tile of logits has at most TILE_ROWS x TILE_COLUMNS entries. The vocabulary is the outer
-loop, so the head is read, and converted to float32, once a sweep.
+copy at V = 49,152. The torch backend holds TILE_ROWS x TILE_COLUMNS logits; the vocabulary is its outer loop, so the
+head is read, and converted to float32, once a sweep. The Triton backend keeps logits in registers and stores, for a
+chunk of rows, e = exp(z - m) in the head's dtype: WORKSPACE_BYTES at most, 4 bytes of traffic a logit.
+
+The Triton kernels, in the order of the data:
+
+    K1  _tile_statistics   one GEMM. For each row and tile of 128 columns: m, sum e, sum e (z - m), all without the
+                           target; the target's z; and e itself, if a gradient will be asked for
+    K2  _merge_tiles       a row's tiles together -> logprob, entropy, logsumexp
+    K3  _hidden_gradient   the other GEMM: the sum over v of p_v phi_v k_v W_v, with p_v = e exp(m_tile - logsumexp)
+                           made in registers; then the target's own row of the head. phi is 1 for the Jacobian, and
+                           c + b (log p_v + H) for a loss whose gradients by logprob and entropy are c and b
 """
 
 from __future__ import annotations
@@ -39,8 +49,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from mentor_kernels.backend import resolve_backend
+from mentor_kernels.backend import interpreted, resolve_backend
 
 TILE_ROWS = 512
 TILE_COLUMNS = 4096
@@ -49,6 +61,10 @@ HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A column that must not count. Finite, so that 0 * (z - m) is 0; far below START, so that exp(BARRED - START) is 0.
 BARRED = -3e38
 START = -1e30
+
+# The Triton backend. The width of a tile of statistics is part of the result's bits: it never depends on the path.
+STATISTICS_TILE = 128
+WORKSPACE_BYTES = 256 << 20
 
 
 class LogprobOut(NamedTuple):
@@ -195,6 +211,381 @@ def _entropy_backward_torch(
     return grad_NH.mul_((-scale / temperature * grad_entropy_N)[:, None])
 
 
+# --- the Triton backend --------------------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    """Block sizes of a kernel and how it is launched."""
+
+    blocks: dict[str, int]
+    warps: int
+    stages: int
+
+
+# By bytes of an element. 128 x 128 accumulators are 64 registers a thread with 8 warps; 128 x 256 spill on every
+# architecture but sm_90. Depth and stages fit 99 KB of shared memory, the least of sm_80 to sm_120. Nothing is
+# autotuned: results must not depend on which candidate won. `python -m mentor_kernels.aot` shows what these compile to.
+STATISTICS = {
+    2: Launch(dict(BLOCK_R=128, BLOCK_H=64), warps=8, stages=3),
+    4: Launch(dict(BLOCK_R=64, BLOCK_H=32), warps=8, stages=2),
+}
+GRADIENT = {
+    2: Launch(dict(BLOCK_R=128, BLOCK_H=128, BLOCK_V=128), warps=8, stages=2),
+    4: Launch(dict(BLOCK_R=64, BLOCK_H=64, BLOCK_V=32), warps=8, stages=2),
+}
+FINISH = Launch(dict(BLOCK_R=16, BLOCK_T=64), warps=4, stages=1)
+
+
+@triton.jit
+def _tile_statistics(
+    hidden_ptr, weight_ptr, target_ptr, m_ptr, s_ptr, a_ptr, target_z_ptr, e_ptr,
+    R, V, H, hidden_stride, weight_stride, e_stride, inner, outer,
+    SOFTCAP: tl.constexpr, STORE: tl.constexpr, EVEN_H: tl.constexpr, BARRED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """K1. Row blocks are the fastest index: those of a chunk share a tile of the head while it is in the cache."""
+    blocks = tl.cdiv(R, BLOCK_R)
+    tile = tl.program_id(0) // blocks
+    row_R = (tl.program_id(0) % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    col_V = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    h_H = tl.arange(0, BLOCK_H)
+    hidden_RH = hidden_ptr + row_R.to(tl.int64)[:, None] * hidden_stride + h_H[None, :]
+    weight_HV = weight_ptr + col_V.to(tl.int64)[None, :] * weight_stride + h_H[:, None]
+    dot_RV = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
+    for h in range(0, H, BLOCK_H):
+        row_ok, col_ok = (row_R < R)[:, None], (col_V < V)[None, :]
+        if not EVEN_H:
+            row_ok, col_ok = row_ok & (h + h_H < H)[None, :], col_ok & (h + h_H < H)[:, None]
+        x_RH = tl.load(hidden_RH + h, mask=row_ok, other=0.0)
+        w_HV = tl.load(weight_HV + h, mask=col_ok, other=0.0)
+        dot_RV = tl.dot(x_RH, w_HV, dot_RV, input_precision="ieee")
+
+    if SOFTCAP:
+        # tanh from exp(-2|x|), which cannot overflow
+        u_RV = tl.exp(-2 * tl.abs(dot_RV * inner))
+        tanh_RV = (1 - u_RV) / (1 + u_RV)
+        z_RV = tl.where(dot_RV * inner < 0, -tanh_RV, tanh_RV) * outer
+    else:
+        z_RV = dot_RV * outer
+    target_R = tl.load(target_ptr + row_R, mask=row_R < R, other=-1)
+    own_RV = col_V[None, :] == target_R[:, None]
+    here_R = (target_R // BLOCK_V == tile) & (target_R < V) & (row_R < R)
+    tl.store(target_z_ptr + row_R, tl.sum(tl.where(own_RV, z_RV, 0.0), 1), mask=here_R)
+
+    other_RV = (col_V < V)[None, :] & (col_V[None, :] != target_R[:, None])
+    z_RV = tl.where(other_RV, z_RV, BARRED)
+    m_R = tl.max(z_RV, 1)
+    z_RV = z_RV - m_R[:, None]
+    e_RV = tl.where(other_RV, tl.exp(z_RV), 0.0)
+    at_R = tile * R + row_R
+    tl.store(m_ptr + at_R, m_R, mask=row_R < R)
+    tl.store(s_ptr + at_R, tl.sum(e_RV, 1), mask=row_R < R)
+    tl.store(a_ptr + at_R, tl.sum(tl.where(other_RV, e_RV * z_RV, 0.0), 1), mask=row_R < R)
+    if STORE:
+        to_RV = e_ptr + row_R.to(tl.int64)[:, None] * e_stride + col_V[None, :]
+        tl.store(to_RV, e_RV.to(e_ptr.dtype.element_ty), mask=(row_R < R)[:, None])
+
+
+@triton.jit
+def _log1p(u):
+    """log(1 + u) for u in [0, 1], from 2 atanh(u / (2 + u)): the hardware's log is not accurate near 1."""
+    s = u / (2 + u)
+    q = s * s
+    return 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q / 15)))))))
+
+
+@triton.jit
+def _expm1_small(x):
+    """exp(x) - 1 for x in [-0.5, 0], by its series: exp(x) would lose the digits of a small x."""
+    return x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8)))))))
+
+
+@triton.jit
+def _merge_tiles(
+    m_ptr, s_ptr, a_ptr, target_z_ptr, logprob_ptr, entropy_ptr, top_ptr, log_total_ptr, R, tiles,
+    START: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """K2. Two sweeps over the tiles of a row: their maximum, then the sums under it."""
+    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    t_T = tl.arange(0, BLOCK_T)
+    at_TR = t_T[:, None] * R + row_R[None, :]
+    m_TR = tl.full((BLOCK_T, BLOCK_R), START, tl.float32)
+    for t in range(0, tiles, BLOCK_T):
+        ok_TR = (t + t_T < tiles)[:, None] & (row_R < R)[None, :]
+        m_TR = tl.maximum(m_TR, tl.load(m_ptr + t * R + at_TR, mask=ok_TR, other=START))
+    m_R = tl.max(m_TR, 0)
+    s_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    a_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for t in range(0, tiles, BLOCK_T):
+        ok_TR = (t + t_T < tiles)[:, None] & (row_R < R)[None, :]
+        from_TR = t * R + at_TR
+        shift_TR = tl.load(m_ptr + from_TR, mask=ok_TR, other=START) - m_R[None, :]
+        tile_s_TR = tl.load(s_ptr + from_TR, mask=ok_TR, other=0.0)
+        tile_a_TR = tl.load(a_ptr + from_TR, mask=ok_TR, other=0.0)
+        shrink_TR = tl.exp(shift_TR)
+        s_TR += tile_s_TR * shrink_TR
+        # shift is -inf-like for a tile of nothing but the target; its sums are 0, and 0 * -3e38 is 0
+        a_TR += shrink_TR * (tile_a_TR + tile_s_TR * shift_TR)
+    s_R = tl.sum(s_TR, 0)
+    a_R = tl.sum(a_TR, 0)
+
+    z_R = tl.load(target_z_ptr + row_R, mask=row_R < R, other=0.0)
+    x_R = z_R - m_R - tl.log(s_R)  # the target's margin over all others together
+    logprob_R = tl.minimum(x_R, 0.0) - _log1p(tl.exp(-tl.abs(x_R)))
+    logprob_R = tl.where(x_R == x_R, logprob_R, x_R)
+    top_R = tl.maximum(m_R, z_R)
+    others_R = tl.exp(m_R - top_R)
+    target_R = tl.exp(z_R - top_R)
+    total_R = s_R * others_R + target_R
+    # One of the two is 1: log1p of a small rest keeps a small entropy's digits.
+    rest_R = s_R * others_R
+    log_total_R = tl.where((target_R == 1) & (rest_R < 1), _log1p(rest_R), tl.log(total_R))
+    weighted_R = others_R * (a_R + s_R * (m_R - top_R)) + target_R * (z_R - top_R)
+    tl.store(logprob_ptr + row_R, logprob_R, mask=row_R < R)
+    tl.store(entropy_ptr + row_R, log_total_R - weighted_R / total_R, mask=row_R < R)
+    tl.store(top_ptr + row_R, top_R, mask=row_R < R)
+    tl.store(log_total_ptr + row_R, log_total_R, mask=row_R < R)
+
+
+@triton.jit
+def _hidden_gradient(
+    e_ptr, m_ptr, weight_ptr, target_ptr, target_z_ptr, logprob_ptr, entropy_ptr, top_ptr, log_total_ptr,
+    order_ptr, by_logprob_ptr, by_entropy_ptr, out_ptr, R, V, H, e_stride, weight_stride, out_stride,
+    factor, slope_factor,
+    SOFTCAP: tl.constexpr, LOSS: tl.constexpr, EVEN_H: tl.constexpr, BOOST: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """K3. Hidden blocks are the fastest index: those of a row block share e while it is in the cache.
+
+    With LOSS the rows come in `order`, those with zero coefficients last: their blocks skip the GEMM. BOOST is a power
+    of two that lifts small probabilities above the subnormals of float16.
+    """
+    blocks = tl.cdiv(H, BLOCK_H)
+    row_R = (tl.program_id(0) // blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    h_H = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    v_V = tl.arange(0, BLOCK_V)
+    row_ok, h_ok = row_R < R, h_H < H
+    last = V
+    if LOSS:
+        row_R = tl.load(order_ptr + row_R, mask=row_ok, other=0)
+    top_R = tl.load(top_ptr + row_R, mask=row_ok, other=0.0)
+    log_total_R = tl.load(log_total_ptr + row_R, mask=row_ok, other=0.0)
+    target_R = tl.load(target_ptr + row_R, mask=row_ok, other=0)
+    logprob_R = tl.load(logprob_ptr + row_R, mask=row_ok, other=0.0)
+    z_R = tl.load(target_z_ptr + row_R, mask=row_ok, other=0.0)
+    if LOSS:
+        # A row's larger coefficient is factored out: what is rounded to the head's dtype stays near 1.
+        by_logprob_R = tl.load(by_logprob_ptr + row_R, mask=row_ok, other=0.0)
+        by_entropy_R = tl.load(by_entropy_ptr + row_R, mask=row_ok, other=0.0)
+        entropy_R = tl.load(entropy_ptr + row_R, mask=row_ok, other=0.0)
+        size_R = tl.maximum(tl.abs(by_logprob_R), tl.abs(by_entropy_R))
+        by_logprob_R = tl.where(size_R > 0, by_logprob_R / size_R, 0.0)
+        by_entropy_R = tl.where(size_R > 0, by_entropy_R / size_R, 0.0)
+        last = tl.where(tl.max(size_R, 0) == 0, 0, V)
+
+    e_RV = e_ptr + row_R.to(tl.int64)[:, None] * e_stride + v_V[None, :]
+    weight_VH = weight_ptr + v_V.to(tl.int64)[:, None] * weight_stride + h_H[None, :]
+    sum_RH = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+    total_R = tl.zeros((BLOCK_R,), tl.float32)
+    for v in range(0, last, BLOCK_V):
+        m_R = tl.load(m_ptr + (v // TILE) * R + row_R, mask=row_ok, other=0.0)
+        p_RV = tl.load(e_RV + v, mask=row_ok[:, None], other=0.0).to(tl.float32)
+        shift_R = m_R - top_R - log_total_R
+        if SOFTCAP or LOSS:
+            log_e_RV = tl.log(tl.where(p_RV > 0, p_RV, 1.0))
+        p_RV = p_RV * (tl.exp(shift_R) * BOOST)[:, None]
+        if LOSS:
+            log_p_RV = log_e_RV + shift_R[:, None]
+            p_RV = p_RV * (by_logprob_R[:, None] + by_entropy_R[:, None] * (log_p_RV + entropy_R[:, None]))
+        if SOFTCAP:
+            tanh_RV = (log_e_RV + m_R[:, None]) * slope_factor
+            p_RV = p_RV * (1 - tanh_RV * tanh_RV)
+        w_ok = (v + v_V < V)[:, None]
+        if not EVEN_H:
+            w_ok = w_ok & h_ok[None, :]
+        w_VH = tl.load(weight_VH, mask=w_ok, other=0.0)
+        rounded_RV = p_RV.to(w_VH.dtype)
+        if not SOFTCAP:
+            total_R += tl.sum(rounded_RV.to(tl.float32), 1)
+        sum_RH = tl.dot(rounded_RV, w_VH, sum_RH, input_precision="ieee")
+        weight_VH += BLOCK_V * weight_stride
+
+    # The gradients by all logits of a row sum to 0. Taking the target's from the others AS THEY WERE ROUNDED keeps it
+    # so: otherwise their rounding errors would multiply whatever all rows of the head have in common.
+    if SOFTCAP:
+        # 1 - p without cancellation
+        own_R = tl.where(logprob_R < -0.5, 1 - tl.exp(logprob_R), -_expm1_small(logprob_R))
+        if LOSS:
+            own_R = by_logprob_R * own_R - by_entropy_R * tl.exp(logprob_R) * (logprob_R + entropy_R)
+        own_R = own_R * (1 - z_R * slope_factor * z_R * slope_factor)
+    else:
+        own_R = total_R * (1 / BOOST)
+    target_ok = row_ok & (target_R >= 0) & (target_R < V)
+    from_RH = weight_ptr + target_R[:, None] * weight_stride + h_H[None, :]
+    target_RH = tl.load(from_RH, mask=target_ok[:, None] & h_ok[None, :], other=0.0).to(tl.float32)
+    grad_RH = factor * (own_R[:, None] * target_RH - sum_RH * (1 / BOOST))
+    if LOSS:
+        grad_RH = grad_RH * size_R[:, None]
+    to_RH = out_ptr + row_R.to(tl.int64)[:, None] * out_stride + h_H[None, :]
+    tl.store(to_RH, grad_RH.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & h_ok[None, :])
+
+
+def _chunk_rows(V: int, element_size: int) -> int:
+    """Rows whose e fits WORKSPACE_BYTES, between 512 (fewer, and reading the head would bind) and 1,024."""
+    return min(max(WORKSPACE_BYTES // (V * element_size) // 128 * 128, 512), 1024)
+
+
+class Workspace(NamedTuple):
+    """Scratch memory for one chunk of rows."""
+
+    rows: int
+    statistics_3TR: torch.Tensor
+    """m, s and a of each tile and row."""
+    e_RV: torch.Tensor
+    """exp(z - m), columns padded to whole tiles; no rows when no gradient is needed."""
+
+
+def _workspace(hidden_NH: torch.Tensor, V: int, gradient: bool) -> Workspace:
+    tiles = triton.cdiv(V, STATISTICS_TILE)
+    rows = min(_chunk_rows(V, hidden_NH.element_size()), hidden_NH.shape[0])
+    return Workspace(
+        rows,
+        hidden_NH.new_empty(3, tiles, rows, dtype=torch.float32),
+        hidden_NH.new_empty(rows if gradient else 0, tiles * STATISTICS_TILE),
+    )
+
+
+class Rows(NamedTuple):
+    """What K1 and K2 find out about rows, float32 [R] each."""
+
+    logprob_R: torch.Tensor
+    entropy_R: torch.Tensor
+    top_R: torch.Tensor
+    log_total_R: torch.Tensor
+    target_z_R: torch.Tensor
+
+    def part(self, rows: slice) -> Rows:
+        return Rows(*(row[rows] for row in self))
+
+
+def _new_rows(hidden_NH: torch.Tensor) -> Rows:
+    """A target outside the vocabulary is in no tile, so its z, and with it the logprob, stays NaN."""
+    return Rows(*(hidden_NH.new_full(hidden_NH.shape[:1], torch.nan, dtype=torch.float32) for _ in Rows._fields))
+
+
+class Head(NamedTuple):
+    """The frozen head and how its products become z."""
+
+    weight_VH: torch.Tensor
+    temperature: float
+    softcap: float | None
+    scale: float
+
+
+def _score_chunk(hidden_RH: torch.Tensor, targets_R: torch.Tensor, head: Head, space: Workspace, out: Rows) -> None:
+    """K1 and K2; e is stored if the workspace has rows for it."""
+    (R, H), V = hidden_RH.shape, head.weight_VH.shape[0]
+    m_TR, s_TR, a_TR = space.statistics_3TR.flatten(1)[:, : space.statistics_3TR.shape[1] * R].unbind()
+    tiles, launch = triton.cdiv(V, STATISTICS_TILE), STATISTICS[max(hidden_RH.element_size(), 2)]
+    soft = head.softcap is not None
+    _tile_statistics[(triton.cdiv(R, launch.blocks["BLOCK_R"]) * tiles,)](
+        hidden_RH, head.weight_VH, targets_R, m_TR, s_TR, a_TR, out.target_z_R, space.e_RV,
+        R, V, H, hidden_RH.stride(0), head.weight_VH.stride(0), space.e_RV.stride(0),
+        head.scale / head.softcap if soft else 1.0,
+        (head.softcap if soft else head.scale) / head.temperature,
+        SOFTCAP=soft, STORE=len(space.e_RV) > 0, EVEN_H=H % launch.blocks["BLOCK_H"] == 0, BARRED=BARRED,
+        BLOCK_V=STATISTICS_TILE, **launch.blocks, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    _merge_tiles[(triton.cdiv(R, FINISH.blocks["BLOCK_R"]),)](
+        m_TR, s_TR, a_TR, out.target_z_R, out.logprob_R, out.entropy_R, out.top_R, out.log_total_R, R, tiles,
+        START=START, **FINISH.blocks, num_warps=FINISH.warps, num_stages=FINISH.stages,
+    )  # fmt: skip
+
+
+def _gradient_chunk(
+    targets_R: torch.Tensor,
+    head: Head,
+    space: Workspace,
+    rows: Rows,
+    out_RH: torch.Tensor,
+    by_logprob_R: torch.Tensor | None = None,
+    by_entropy_R: torch.Tensor | None = None,
+) -> None:
+    """K3: the Jacobian of the logprobs, or with coefficients the gradient of a loss; after `_score_chunk`."""
+    (V, H), (R, _) = head.weight_VH.shape, out_RH.shape
+    launch = GRADIENT[max(out_RH.element_size(), 2)]
+    loss, half = by_logprob_R is not None, out_RH.dtype is torch.float16
+    order_R = ((by_logprob_R == 0) & (by_entropy_R == 0)).sort(stable=True).indices if loss else targets_R
+    boost = (2.0**12 if loss else 2.0**15) if half else 1.0
+    grid = (triton.cdiv(R, launch.blocks["BLOCK_R"]) * triton.cdiv(H, launch.blocks["BLOCK_H"]),)
+    _hidden_gradient[grid](
+        space.e_RV, space.statistics_3TR, head.weight_VH, targets_R, rows.target_z_R, rows.logprob_R, rows.entropy_R,
+        rows.top_R, rows.log_total_R, order_R, by_logprob_R if loss else rows.logprob_R,
+        by_entropy_R if loss else rows.logprob_R, out_RH,
+        R, V, H, space.e_RV.stride(0), head.weight_VH.stride(0), out_RH.stride(0),
+        head.scale / head.temperature, head.temperature / head.softcap if head.softcap is not None else 1.0,
+        SOFTCAP=head.softcap is not None, LOSS=loss, EVEN_H=H % launch.blocks["BLOCK_H"] == 0, BOOST=boost,
+        TILE=STATISTICS_TILE, **launch.blocks, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+
+
+def _rows_last_contiguous(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _chunks(hidden_NH: torch.Tensor, head: Head, gradient: bool) -> Iterator[tuple[slice, Workspace]]:
+    """Slices of rows, and the workspace that they take turns in."""
+    if hidden_NH.shape[0] == 0:
+        return
+    space = _workspace(hidden_NH, head.weight_VH.shape[0], gradient)
+    for first in range(0, hidden_NH.shape[0], space.rows):
+        yield slice(first, first + space.rows), space
+
+
+def _forward_triton(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    jacobian: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `_forward_torch`, but for the Jacobian's dtype, which is that of the hidden states."""
+    head = Head(_rows_last_contiguous(weight_VH), temperature, softcap, scale)
+    hidden_NH, targets_N = _rows_last_contiguous(hidden_NH), targets_N.contiguous()
+    found = _new_rows(hidden_NH)
+    jacobian_NH = hidden_NH.new_empty(hidden_NH.shape if jacobian else (0, hidden_NH.shape[1]))
+    for rows, space in _chunks(hidden_NH, head, jacobian):
+        part = found.part(rows)
+        _score_chunk(hidden_NH[rows], targets_N[rows], head, space, part)
+        if jacobian:
+            _gradient_chunk(targets_N[rows], head, space, part, jacobian_NH[rows])
+    return found.logprob_R, found.entropy_R, torch.stack([found.top_R, found.log_total_R]), jacobian_NH
+
+
+def _loss_backward_triton(
+    grad_logprob_N: torch.Tensor,
+    grad_entropy_N: torch.Tensor,
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+) -> torch.Tensor:
+    """The gradient by hidden_NH of the sum of grad_logprob_N logprob_N + grad_entropy_N entropy_N, in its dtype."""
+    head = Head(_rows_last_contiguous(weight_VH), temperature, softcap, scale)
+    hidden_NH, targets_N = _rows_last_contiguous(hidden_NH), targets_N.contiguous()
+    found, grad_NH = _new_rows(hidden_NH), hidden_NH.new_empty(hidden_NH.shape)
+    by_logprob_N, by_entropy_N = grad_logprob_N.contiguous(), grad_entropy_N.contiguous()
+    for rows, space in _chunks(hidden_NH, head, True):
+        part = found.part(rows)
+        _score_chunk(hidden_NH[rows], targets_N[rows], head, space, part)
+        _gradient_chunk(targets_N[rows], head, space, part, grad_NH[rows], by_logprob_N[rows], by_entropy_N[rows])
+    return grad_NH
+
+
 # --- the operators that autograd and torch.compile see -------------------------------------------------------------
 
 
@@ -209,11 +600,16 @@ def _linear_logprob(
     jacobian: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if backend == "triton" and not interpreted():
+        # No look at the targets: it would stop the CPU until the GPU is done. A bad one gives NaN.
+        with torch.cuda.device_of(hidden_NH):
+            return _forward_triton(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian)
     V = weight_VH.shape[0]
     if targets_N.numel() and (targets_N.min() < 0 or targets_N.max() >= V):
         raise ValueError(f"targets_N must lie in [0, {V}), but reach from {targets_N.min()} to {targets_N.max()}")
+    forward = _forward_triton if backend == "triton" else _forward_torch
     with _float32_sums(hidden_NH):
-        return _forward_torch(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian)
+        return forward(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian)
 
 
 @_linear_logprob.register_fake
@@ -225,7 +621,7 @@ def _(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian, ba
         row,
         torch.empty_like(row),
         hidden_NH.new_empty(2, N, dtype=wide),
-        hidden_NH.new_empty(N if jacobian else 0, H, dtype=wide),
+        hidden_NH.new_empty(N if jacobian else 0, H, dtype=hidden_NH.dtype if backend == "triton" else wide),
     )
 
 
@@ -234,6 +630,7 @@ def _entropy_backward(
     grad_entropy_N: torch.Tensor,
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
     entropy_N: torch.Tensor,
     shift_2N: torch.Tensor,
     temperature: float,
@@ -241,6 +638,12 @@ def _entropy_backward(
     scale: float,
     backend: str,
 ) -> torch.Tensor:
+    if backend == "triton":
+        with torch.cuda.device_of(hidden_NH):
+            return _loss_backward_triton(
+                torch.zeros_like(grad_entropy_N), grad_entropy_N, hidden_NH, weight_VH, targets_N, temperature,
+                softcap, scale,
+            )  # fmt: skip
     with _float32_sums(hidden_NH):
         return _entropy_backward_torch(
             grad_entropy_N, hidden_NH, weight_VH, entropy_N, shift_2N, temperature, softcap, scale
@@ -248,27 +651,28 @@ def _entropy_backward(
 
 
 @_entropy_backward.register_fake
-def _(grad_entropy_N, hidden_NH, weight_VH, entropy_N, shift_2N, temperature, softcap, scale, backend):
-    return torch.empty_like(hidden_NH, dtype=_wide(hidden_NH.dtype))
+def _(grad_entropy_N, hidden_NH, weight_VH, targets_N, entropy_N, shift_2N, temperature, softcap, scale, backend):
+    dtype = hidden_NH.dtype if backend == "triton" else _wide(hidden_NH.dtype)
+    return hidden_NH.new_empty(hidden_NH.shape, dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):
-    hidden_NH, weight_VH, _, ctx.temperature, ctx.softcap, ctx.scale, _, ctx.backend = inputs
+    hidden_NH, weight_VH, targets_N, ctx.temperature, ctx.softcap, ctx.scale, _, ctx.backend = inputs
     _, entropy_N, shift_2N, jacobian_NH = output
     ctx.set_materialize_grads(False)  # None upstream of the entropy means that its gradient costs nothing
     ctx.mark_non_differentiable(shift_2N, jacobian_NH)
-    ctx.save_for_backward(hidden_NH, weight_VH, entropy_N, shift_2N, jacobian_NH)
+    ctx.save_for_backward(hidden_NH, weight_VH, targets_N, entropy_N, shift_2N, jacobian_NH)
 
 
 def _backward(ctx, grad_logprob_N, grad_entropy_N, _shift, _jacobian):
-    hidden_NH, weight_VH, entropy_N, shift_2N, jacobian_NH = ctx.saved_tensors
+    hidden_NH, weight_VH, targets_N, entropy_N, shift_2N, jacobian_NH = ctx.saved_tensors
     grad_NH = None
     if grad_logprob_N is not None:
         grad_NH = grad_logprob_N[:, None] * jacobian_NH
     if grad_entropy_N is not None:
         entropy_NH = _entropy_backward(
-            grad_entropy_N, hidden_NH, weight_VH, entropy_N, shift_2N, ctx.temperature, ctx.softcap, ctx.scale,
-            ctx.backend,
+            grad_entropy_N, hidden_NH, weight_VH, targets_N, entropy_N, shift_2N, ctx.temperature, ctx.softcap,
+            ctx.scale, ctx.backend,
         )  # fmt: skip
         grad_NH = entropy_NH if grad_NH is None else grad_NH + entropy_NH
     if grad_NH is not None:
@@ -300,10 +704,14 @@ def linear_logprob(
     Differentiable in hidden_NH through both outputs; the head is frozen and never gets a gradient. Under no_grad, or
     when hidden_NH needs no gradient, only the score is computed, with bitwise the same result for the same rows.
 
-    Raises ValueError for a target outside [0, V), for shapes, dtypes or devices that do not agree, for a temperature or
-    softcap that is not positive, and for an unknown backend.
+    Raises ValueError for a target outside [0, V) (on a GPU such a row gives NaN instead: to look would stop the CPU
+    until the GPU has caught up), for shapes, dtypes or devices that do not agree, for a temperature or softcap that is
+    not positive, and for an unknown backend.
     """
     _check(hidden_NH, weight_VH, targets_N, temperature, softcap)
+    backend = resolve_backend(backend, hidden_NH.device)
+    if backend == "triton":
+        _check_triton(hidden_NH)
     logprob_N, entropy_N, _, _ = _linear_logprob(
         hidden_NH,
         weight_VH,
@@ -312,7 +720,7 @@ def linear_logprob(
         None if softcap is None else float(softcap),
         float(scale),
         torch.is_grad_enabled() and hidden_NH.requires_grad,
-        resolve_backend(backend, hidden_NH.device),
+        backend,
     )
     return LogprobOut(logprob_N, entropy_N)
 
@@ -345,3 +753,10 @@ def _check(hidden_NH, weight_VH, targets_N, temperature, softcap) -> None:
         raise ValueError(f"temperature must be positive, not {temperature}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, not {softcap}")
+
+
+def _check_triton(hidden_NH: torch.Tensor) -> None:
+    if hidden_NH.dtype is torch.float64:
+        raise ValueError("the Triton backend takes float32, bfloat16 or float16; float64 needs backend='torch'")
+    if interpreted() and hidden_NH.dtype is torch.bfloat16:
+        raise ValueError("Triton's interpreter computes garbage from bfloat16; use float32, or backend='torch'")
