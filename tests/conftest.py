@@ -15,6 +15,17 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def kernel_device(request) -> str:
+    """Where Triton kernels run: on the GPU, and without one in the interpreter."""
+    return request.param
+
+
 def pytest_collection_modifyitems(items):
     """A test marked `gpu` is the twin of one that runs the same checks in the interpreter."""
     if torch.cuda.is_available():

@@ -2,7 +2,7 @@
 
     linear_logprob       hidden states and the head -> logprob and entropy of each target; no [N, V] tensor exists
     policy_loss          logprobs -> GRPO-family loss, importance correction, KL, entropy bonus, metrics
-    linear_policy_loss   both in one
+    linear_policy_loss   both in one, with one sweep over the vocabulary for the gradient
     group_advantage      tool sets and answers -> composite reward and group-relative advantage
 
 `backend` is "torch", "triton" or None (the best one for the device). Start reading at kernels/README.md.
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from mentor_kernels.group_advantage import STANDARD_TERMS, AdvantageOut, RewardConfig, group_advantage
 from mentor_kernels.linear_logprob import LogprobOut, linear_logprob
-from mentor_kernels.policy_loss import Normaliser, PolicyLossConfig, PolicyLossOut, linear_policy_loss, policy_loss
+from mentor_kernels.linear_policy_loss import linear_policy_loss
+from mentor_kernels.policy_loss import Normaliser, PolicyLossConfig, PolicyLossOut, policy_loss
 
 __all__ = [
     "STANDARD_TERMS",

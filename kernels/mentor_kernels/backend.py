@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
+_INTERPRETED = triton.knobs.runtime.interpret
+
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:
     """`backend`, or when it is None the default for `device`: "triton" on CUDA, "torch" elsewhere.
@@ -25,4 +27,4 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
 
 def interpreted() -> bool:
     """Do Triton kernels run in the interpreter, on the CPU? Decided when they are imported."""
-    return triton.knobs.runtime.interpret
+    return _INTERPRETED

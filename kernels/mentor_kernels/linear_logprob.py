@@ -269,7 +269,7 @@ def _tile_statistics(
         z_RV = dot_RV * outer
     target_R = tl.load(target_ptr + row_R, mask=row_R < R, other=-1)
     own_RV = col_V[None, :] == target_R[:, None]
-    here_R = (target_R // BLOCK_V == tile) & (target_R < V) & (row_R < R)
+    here_R = (target_R // BLOCK_V == tile) & (target_R >= 0) & (target_R < V) & (row_R < R)
     tl.store(target_z_ptr + row_R, tl.sum(tl.where(own_RV, z_RV, 0.0), 1), mask=here_R)
 
     other_RV = (col_V < V)[None, :] & (col_V[None, :] != target_R[:, None])
@@ -468,7 +468,7 @@ class Rows(NamedTuple):
         return Rows(*(row[rows] for row in self))
 
 
-def _new_rows(hidden_NH: torch.Tensor) -> Rows:
+def new_rows(hidden_NH: torch.Tensor) -> Rows:
     """A target outside the vocabulary is in no tile, so its z, and with it the logprob, stays NaN."""
     return Rows(*(hidden_NH.new_full(hidden_NH.shape[:1], torch.nan, dtype=torch.float32) for _ in Rows._fields))
 
@@ -482,7 +482,7 @@ class Head(NamedTuple):
     scale: float
 
 
-def _score_chunk(hidden_RH: torch.Tensor, targets_R: torch.Tensor, head: Head, space: Workspace, out: Rows) -> None:
+def score_chunk(hidden_RH: torch.Tensor, targets_R: torch.Tensor, head: Head, space: Workspace, out: Rows) -> None:
     """K1 and K2; e is stored if the workspace has rows for it."""
     (R, H), V = hidden_RH.shape, head.weight_VH.shape[0]
     m_TR, s_TR, a_TR = space.statistics_3TR.flatten(1)[:, : space.statistics_3TR.shape[1] * R].unbind()
@@ -502,7 +502,7 @@ def _score_chunk(hidden_RH: torch.Tensor, targets_R: torch.Tensor, head: Head, s
     )  # fmt: skip
 
 
-def _gradient_chunk(
+def gradient_chunk(
     targets_R: torch.Tensor,
     head: Head,
     space: Workspace,
@@ -511,7 +511,7 @@ def _gradient_chunk(
     by_logprob_R: torch.Tensor | None = None,
     by_entropy_R: torch.Tensor | None = None,
 ) -> None:
-    """K3: the Jacobian of the logprobs, or with coefficients the gradient of a loss; after `_score_chunk`."""
+    """K3: the Jacobian of the logprobs, or with coefficients the gradient of a loss; after `score_chunk`."""
     (V, H), (R, _) = head.weight_VH.shape, out_RH.shape
     launch = GRADIENT[max(out_RH.element_size(), 2)]
     loss, half = by_logprob_R is not None, out_RH.dtype is torch.float16
@@ -529,11 +529,11 @@ def _gradient_chunk(
     )  # fmt: skip
 
 
-def _rows_last_contiguous(matrix: torch.Tensor) -> torch.Tensor:
+def rows_last_contiguous(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _chunks(hidden_NH: torch.Tensor, head: Head, gradient: bool) -> Iterator[tuple[slice, Workspace]]:
+def chunks(hidden_NH: torch.Tensor, head: Head, gradient: bool) -> Iterator[tuple[slice, Workspace]]:
     """Slices of rows, and the workspace that they take turns in."""
     if hidden_NH.shape[0] == 0:
         return
@@ -552,15 +552,15 @@ def _forward_triton(
     jacobian: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `_forward_torch`, but for the Jacobian's dtype, which is that of the hidden states."""
-    head = Head(_rows_last_contiguous(weight_VH), temperature, softcap, scale)
-    hidden_NH, targets_N = _rows_last_contiguous(hidden_NH), targets_N.contiguous()
-    found = _new_rows(hidden_NH)
+    head = Head(rows_last_contiguous(weight_VH), temperature, softcap, scale)
+    hidden_NH, targets_N = rows_last_contiguous(hidden_NH), targets_N.contiguous()
+    found = new_rows(hidden_NH)
     jacobian_NH = hidden_NH.new_empty(hidden_NH.shape if jacobian else (0, hidden_NH.shape[1]))
-    for rows, space in _chunks(hidden_NH, head, jacobian):
+    for rows, space in chunks(hidden_NH, head, jacobian):
         part = found.part(rows)
-        _score_chunk(hidden_NH[rows], targets_N[rows], head, space, part)
+        score_chunk(hidden_NH[rows], targets_N[rows], head, space, part)
         if jacobian:
-            _gradient_chunk(targets_N[rows], head, space, part, jacobian_NH[rows])
+            gradient_chunk(targets_N[rows], head, space, part, jacobian_NH[rows])
     return found.logprob_R, found.entropy_R, torch.stack([found.top_R, found.log_total_R]), jacobian_NH
 
 
@@ -575,14 +575,14 @@ def _loss_backward_triton(
     scale: float,
 ) -> torch.Tensor:
     """The gradient by hidden_NH of the sum of grad_logprob_N logprob_N + grad_entropy_N entropy_N, in its dtype."""
-    head = Head(_rows_last_contiguous(weight_VH), temperature, softcap, scale)
-    hidden_NH, targets_N = _rows_last_contiguous(hidden_NH), targets_N.contiguous()
-    found, grad_NH = _new_rows(hidden_NH), hidden_NH.new_empty(hidden_NH.shape)
+    head = Head(rows_last_contiguous(weight_VH), temperature, softcap, scale)
+    hidden_NH, targets_N = rows_last_contiguous(hidden_NH), targets_N.contiguous()
+    found, grad_NH = new_rows(hidden_NH), hidden_NH.new_empty(hidden_NH.shape)
     by_logprob_N, by_entropy_N = grad_logprob_N.contiguous(), grad_entropy_N.contiguous()
-    for rows, space in _chunks(hidden_NH, head, True):
+    for rows, space in chunks(hidden_NH, head, True):
         part = found.part(rows)
-        _score_chunk(hidden_NH[rows], targets_N[rows], head, space, part)
-        _gradient_chunk(targets_N[rows], head, space, part, grad_NH[rows], by_logprob_N[rows], by_entropy_N[rows])
+        score_chunk(hidden_NH[rows], targets_N[rows], head, space, part)
+        gradient_chunk(targets_N[rows], head, space, part, grad_NH[rows], by_logprob_N[rows], by_entropy_N[rows])
     return grad_NH
 
 
@@ -600,16 +600,12 @@ def _linear_logprob(
     jacobian: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if backend == "triton" and not interpreted():
-        # No look at the targets: it would stop the CPU until the GPU is done. A bad one gives NaN.
+    check_targets(targets_N, weight_VH, backend)
+    if backend == "triton":
         with torch.cuda.device_of(hidden_NH):
             return _forward_triton(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian)
-    V = weight_VH.shape[0]
-    if targets_N.numel() and (targets_N.min() < 0 or targets_N.max() >= V):
-        raise ValueError(f"targets_N must lie in [0, {V}), but reach from {targets_N.min()} to {targets_N.max()}")
-    forward = _forward_triton if backend == "triton" else _forward_torch
     with _float32_sums(hidden_NH):
-        return forward(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian)
+        return _forward_torch(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian)
 
 
 @_linear_logprob.register_fake
@@ -708,10 +704,10 @@ def linear_logprob(
     until the GPU has caught up), for shapes, dtypes or devices that do not agree, for a temperature or softcap that is
     not positive, and for an unknown backend.
     """
-    _check(hidden_NH, weight_VH, targets_N, temperature, softcap)
+    check_head(hidden_NH, weight_VH, targets_N, temperature, softcap)
     backend = resolve_backend(backend, hidden_NH.device)
     if backend == "triton":
-        _check_triton(hidden_NH)
+        check_triton(hidden_NH)
     logprob_N, entropy_N, _, _ = _linear_logprob(
         hidden_NH,
         weight_VH,
@@ -725,7 +721,7 @@ def linear_logprob(
     return LogprobOut(logprob_N, entropy_N)
 
 
-def _check(hidden_NH, weight_VH, targets_N, temperature, softcap) -> None:
+def check_head(hidden_NH, weight_VH, targets_N, temperature, softcap) -> None:
     if hidden_NH.dim() != 2 or weight_VH.dim() != 2 or targets_N.dim() != 1:
         raise ValueError(
             "expected hidden_NH [N, H], weight_VH [V, H] and targets_N [N], not shapes "
@@ -755,7 +751,15 @@ def _check(hidden_NH, weight_VH, targets_N, temperature, softcap) -> None:
         raise ValueError(f"softcap must be positive or None, not {softcap}")
 
 
-def _check_triton(hidden_NH: torch.Tensor) -> None:
+def check_targets(targets_N: torch.Tensor, weight_VH: torch.Tensor, backend: str) -> None:
+    """Not for Triton on a GPU: to look would stop the CPU until the GPU is done. There a bad target gives NaN."""
+    V = weight_VH.shape[0]
+    look = backend == "torch" or interpreted()
+    if look and targets_N.numel() and (targets_N.min() < 0 or targets_N.max() >= V):
+        raise ValueError(f"targets_N must lie in [0, {V}), but reach from {targets_N.min()} to {targets_N.max()}")
+
+
+def check_triton(hidden_NH: torch.Tensor) -> None:
     if hidden_NH.dtype is torch.float64:
         raise ValueError("the Triton backend takes float32, bfloat16 or float16; float64 needs backend='torch'")
     if interpreted() and hidden_NH.dtype is torch.bfloat16:

@@ -42,7 +42,6 @@ import triton
 import triton.language as tl
 
 from mentor_kernels.backend import resolve_backend
-from mentor_kernels.linear_logprob import linear_logprob
 
 EXPONENT_MAX = 20.0
 Loss = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"]
@@ -458,7 +457,7 @@ def _policy_sums(
     tl.store(metrics_ptr + k_K - 1, found_K, mask=(k_K > 0) & (k_K <= METRICS))
 
 
-def _forward_triton(
+def forward_triton(
     logp_N: torch.Tensor,
     old_logp_N: torch.Tensor | None,
     advantage_N: torch.Tensor,
@@ -532,7 +531,7 @@ def _policy_loss(
         loss, clip_low, clip_high, dual_clip, cispo_max, kl, beta, entropy_coef, tis_cap, tis_mode, tis_level,
         max_new_tokens,
     )  # fmt: skip
-    forward = _forward_triton if backend == "triton" else _forward_torch
+    forward = forward_triton if backend == "triton" else _forward_torch
     return forward(
         logp_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, entropy_N, config,
         Normaliser(tokens, sequences),
@@ -560,7 +559,7 @@ def _backward(ctx, grad_loss, *_):
 _policy_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
-# --- the public functions ------------------------------------------------------------------------------------------
+# --- the public function -------------------------------------------------------------------------------------------
 
 
 def policy_loss(
@@ -594,12 +593,10 @@ def policy_loss(
         "behaviour_logp_N": behaviour_logp_N,
         "entropy_N": entropy_N,
     }
-    _check(logp_N, sequence_N, vectors)
+    check_inputs(logp_N, sequence_N, vectors, config)
     backend = resolve_backend(backend, logp_N.device)
     if backend == "triton" and logp_N.dtype is torch.float64:
         raise ValueError("the Triton backend takes float32; float64 needs backend='torch'")
-    if config.beta and ref_logp_N is None:
-        raise ValueError("beta is not 0, so ref_logp_N is needed")
     if config.entropy_coef and entropy_N is None:
         raise ValueError("entropy_coef is not 0, so entropy_N is needed")
     loss, _, _, metrics = _policy_loss(
@@ -608,64 +605,37 @@ def policy_loss(
         config.entropy_coef, config.tis_cap, config.tis_mode, config.tis_level, config.max_new_tokens,
         normaliser.tokens, normaliser.sequences, backend,
     )  # fmt: skip
+    return named_metrics(
+        loss,
+        metrics,
+        config,
+        kl=ref_logp_N is not None,
+        entropy=entropy_N is not None,
+        gap=behaviour_logp_N is not None,
+    )
+
+
+def named_metrics(
+    loss: torch.Tensor, metrics: torch.Tensor, config: PolicyLossConfig, *, kl: bool, entropy: bool, gap: bool
+) -> PolicyLossOut:
+    """`metrics` by their names, without those that the inputs say nothing about."""
     unmeasured = set()
-    if ref_logp_N is None:
+    if not kl:
         unmeasured |= {"kl"}
-    if entropy_N is None:
+    if not entropy:
         unmeasured |= {"entropy"}
-    if behaviour_logp_N is None:
+    if not gap:
         unmeasured |= {"logp_gap_mean", "logp_gap_max"}
-    if behaviour_logp_N is None or config.tis_cap is None:
+    if not gap or config.tis_cap is None:
         unmeasured |= {"tis_mean", "tis_capped"}
     named = zip(METRICS, metrics.detach().unbind(), strict=True)
     return PolicyLossOut(loss, {name: value for name, value in named if name not in unmeasured})
 
 
-def linear_policy_loss(
-    hidden_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    targets_N: torch.Tensor,
-    *,
-    old_logp_N: torch.Tensor | None,
-    advantage_N: torch.Tensor,
-    sequence_N: torch.Tensor,
-    ref_hidden_NH: torch.Tensor | None = None,
-    ref_logp_N: torch.Tensor | None = None,
-    behaviour_logp_N: torch.Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    scale: float = 1.0,
-    config: PolicyLossConfig,
-    normaliser: Normaliser,
-    backend: str | None = None,
-) -> PolicyLossOut:
-    """`policy_loss` of `linear_logprob`: hidden states and a frozen head in, the loss out.
-
-    The reference comes as logprobs, or as its hidden states under the same head; not both. The gradient of the entropy
-    is computed only when config.entropy_coef is not 0. Otherwise as the two operators.
-    """
-    head = dict(temperature=temperature, softcap=softcap, scale=scale, backend=backend)
-    if ref_hidden_NH is not None:
-        if ref_logp_N is not None:
-            raise ValueError("give ref_hidden_NH or ref_logp_N, not both")
-        with torch.no_grad():
-            ref_logp_N = linear_logprob(ref_hidden_NH, weight_VH, targets_N, **head).logprob_N
-    logprob_N, entropy_N = linear_logprob(hidden_NH, weight_VH, targets_N, **head)
-    return policy_loss(
-        logprob_N,
-        old_logp_N,
-        advantage_N,
-        sequence_N=sequence_N,
-        ref_logp_N=ref_logp_N,
-        behaviour_logp_N=behaviour_logp_N,
-        entropy_N=entropy_N if config.entropy_coef else entropy_N.detach(),
-        config=config,
-        normaliser=normaliser,
-        backend=backend,
-    )
-
-
-def _check(logp_N: torch.Tensor, sequence_N: torch.Tensor, vectors: dict[str, torch.Tensor | None]) -> None:
+def check_inputs(
+    logp_N: torch.Tensor, sequence_N: torch.Tensor, vectors: dict[str, torch.Tensor | None], config: PolicyLossConfig
+) -> None:
+    """Raises ValueError for vectors that do not agree with logp_N, and for beta without a reference."""
     if logp_N.dim() != 1 or logp_N.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"logp_N must be float32 [N], not {logp_N.dtype} {tuple(logp_N.shape)}")
     if sequence_N.dtype != torch.int64 or sequence_N.shape != logp_N.shape or sequence_N.device != logp_N.device:
@@ -681,3 +651,5 @@ def _check(logp_N: torch.Tensor, sequence_N: torch.Tensor, vectors: dict[str, to
                 f"{name} must be {logp_N.dtype} {tuple(logp_N.shape)} on {logp_N.device} like logp_N, "
                 f"not {vector.dtype} {tuple(vector.shape)} on {vector.device}"
             )
+    if config.beta and vectors["ref_logp_N"] is None:
+        raise ValueError("beta is not 0, so ref_logp_N is needed")

@@ -1,0 +1,216 @@
+"""The policy loss straight from hidden states: `policy_loss` of `linear_logprob`, its gradient in one sweep.
+
+Mathematics. With c and b the loss's slopes by a token's logprob and by its entropy (policy_loss.py),
+
+    d loss / d h = c d logp / d h + b d H / d h
+
+is one sum over the vocabulary, K3's loss mode (linear_logprob.py). c and b of a token are known as soon as its logprob
+is, so a chunk of rows goes through K1, K2, the slopes and K3 while its exponentials are still at hand.
+
+FLOPs, in units of one GEMM of the head: 2, an entropy bonus included; the two operators take 4 with one. Rows whose c
+and b are both 0 (a silent group, a clipped token) cost nothing in K3: they go to the end of their chunk, and blocks of
+nothing else skip their GEMM. The logprobs, and so the loss and the metrics, are bitwise those of the two operators.
+
+gspo and the importance weights of whole sequences need all logprobs of a sequence before the first slope, and a chunk
+may cut a sequence. There, and on the torch backend, the two operators run instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, replace
+
+import torch
+
+from mentor_kernels.backend import resolve_backend
+from mentor_kernels.linear_logprob import (
+    Head,
+    check_head,
+    check_targets,
+    check_triton,
+    chunks,
+    gradient_chunk,
+    linear_logprob,
+    new_rows,
+    rows_last_contiguous,
+    score_chunk,
+)
+from mentor_kernels.policy_loss import (
+    METRICS,
+    Normaliser,
+    PolicyLossConfig,
+    PolicyLossOut,
+    check_inputs,
+    forward_triton,
+    named_metrics,
+    policy_loss,
+)
+
+
+def _forward_fused(
+    hidden_NH: torch.Tensor,
+    targets_N: torch.Tensor,
+    old_logp_N: torch.Tensor | None,
+    advantage_N: torch.Tensor,
+    sequence_N: torch.Tensor,
+    ref_logp_N: torch.Tensor | None,
+    behaviour_logp_N: torch.Tensor | None,
+    head: Head,
+    config: PolicyLossConfig,
+    normaliser: Normaliser,
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, d loss / d hidden [N, H] in its dtype or [0, H] without `gradient`, metrics in the order of METRICS)."""
+    hidden_NH, targets_N = rows_last_contiguous(hidden_NH), targets_N.contiguous()
+    found = new_rows(hidden_NH)
+    grad_NH = hidden_NH.new_empty(hidden_NH.shape if gradient else (0, hidden_NH.shape[1]))
+    # A token's weight in the loss depends on the sequences alone, its slope by a weight of 1 on the token alone.
+    nothing_N = torch.zeros_like(advantage_N)
+    w_N = forward_triton(nothing_N, None, nothing_N, sequence_N, None, None, None, config, normaliser)[2]
+    by_token, one = replace(config, loss="cispo" if config.loss == "cispo" else "dapo"), Normaliser(1, 1)
+    for rows, space in chunks(hidden_NH, head, gradient):
+        part = found.part(rows)
+        score_chunk(hidden_NH[rows], targets_N[rows], head, space, part)
+        if gradient:
+            old_R, ref_R, behaviour_R = (
+                None if v is None else v[rows] for v in (old_logp_N, ref_logp_N, behaviour_logp_N)
+            )
+            _, slope_R, _, _ = forward_triton(
+                part.logprob_R, old_R, advantage_N[rows], sequence_N[rows], ref_R, behaviour_R, None, by_token, one
+            )
+            by_logprob_R, by_entropy_R = w_N[rows] * slope_R, w_N[rows] * -config.entropy_coef
+            gradient_chunk(targets_N[rows], head, space, part, grad_NH[rows], by_logprob_R, by_entropy_R)
+    loss, _, _, metrics = forward_triton(
+        found.logprob_R, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, found.entropy_R, config,
+        normaliser,
+    )  # fmt: skip
+    return loss, grad_NH, metrics
+
+
+# --- the operator that autograd and torch.compile see --------------------------------------------------------------
+
+
+@torch.library.custom_op("mentor_kernels::linear_policy_loss", mutates_args=())
+def _linear_policy_loss(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    old_logp_N: torch.Tensor | None,
+    advantage_N: torch.Tensor,
+    sequence_N: torch.Tensor,
+    ref_logp_N: torch.Tensor | None,
+    behaviour_logp_N: torch.Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    loss: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    cispo_max: float,
+    kl: str,
+    beta: float,
+    entropy_coef: float,
+    tis_cap: float | None,
+    tis_mode: str,
+    tis_level: str,
+    max_new_tokens: int | None,
+    tokens: int,
+    sequences: int,
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    config = PolicyLossConfig(
+        loss, clip_low, clip_high, dual_clip, cispo_max, kl, beta, entropy_coef, tis_cap, tis_mode, tis_level,
+        max_new_tokens,
+    )  # fmt: skip
+    check_targets(targets_N, weight_VH, "triton")
+    with torch.cuda.device_of(hidden_NH):
+        return _forward_fused(
+            hidden_NH, targets_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N,
+            Head(rows_last_contiguous(weight_VH), temperature, softcap, scale), config, Normaliser(tokens, sequences),
+            gradient,
+        )  # fmt: skip
+
+
+@_linear_policy_loss.register_fake
+def _(hidden_NH, weight_VH, targets_N, old_logp_N, advantage_N, *rest):
+    rows = hidden_NH.shape[0] if rest[-1] else 0
+    grad_NH = hidden_NH.new_empty(rows, hidden_NH.shape[1])
+    return advantage_N.new_empty(()), grad_NH, advantage_N.new_empty(len(METRICS))
+
+
+def _setup_context(ctx, inputs, output):
+    _, grad_NH, metrics = output
+    ctx.mark_non_differentiable(grad_NH, metrics)
+    ctx.save_for_backward(grad_NH)
+
+
+def _backward(ctx, grad_loss, *_):
+    (grad_NH,) = ctx.saved_tensors
+    return (grad_loss * grad_NH).to(grad_NH.dtype), *[None] * 25
+
+
+_linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --- the public function -------------------------------------------------------------------------------------------
+
+
+def linear_policy_loss(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    old_logp_N: torch.Tensor | None,
+    advantage_N: torch.Tensor,
+    sequence_N: torch.Tensor,
+    ref_hidden_NH: torch.Tensor | None = None,
+    ref_logp_N: torch.Tensor | None = None,
+    behaviour_logp_N: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    config: PolicyLossConfig,
+    normaliser: Normaliser,
+    backend: str | None = None,
+) -> PolicyLossOut:
+    """`policy_loss` of `linear_logprob`: hidden states and a frozen head in, the loss out.
+
+    The reference comes as logprobs, or as its hidden states under the same head; not both. Differentiable in hidden_NH
+    alone; everything else is a constant. Otherwise as the two operators, their ValueErrors included.
+    """
+    head = dict(temperature=temperature, softcap=softcap, scale=scale, backend=backend)
+    if ref_hidden_NH is not None:
+        if ref_logp_N is not None:
+            raise ValueError("give ref_hidden_NH or ref_logp_N, not both")
+        with torch.no_grad():
+            ref_logp_N = linear_logprob(ref_hidden_NH, weight_VH, targets_N, **head).logprob_N
+    vectors = dict(old_logp_N=old_logp_N, ref_logp_N=ref_logp_N, behaviour_logp_N=behaviour_logp_N)
+    whole_sequences = config.loss == "gspo" or (
+        config.tis_level == "sequence" and config.tis_cap is not None and behaviour_logp_N is not None
+    )
+    if resolve_backend(backend, hidden_NH.device) == "torch" or whole_sequences:
+        logprob_N, entropy_N = linear_logprob(hidden_NH, weight_VH, targets_N, **head)
+        return policy_loss(
+            logprob_N,
+            vectors.pop("old_logp_N"),
+            advantage_N,
+            sequence_N=sequence_N,
+            entropy_N=entropy_N if config.entropy_coef else entropy_N.detach(),
+            config=config,
+            normaliser=normaliser,
+            backend=backend,
+            **vectors,
+        )
+    check_head(hidden_NH, weight_VH, targets_N, temperature, softcap)
+    check_triton(hidden_NH)
+    logp_N = hidden_NH.new_empty(hidden_NH.shape[0], dtype=torch.float32)
+    check_inputs(logp_N, sequence_N, {"advantage_N": advantage_N, **vectors}, config)
+    loss, _, metrics = _linear_policy_loss(
+        hidden_NH, weight_VH, targets_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N,
+        float(temperature), None if softcap is None else float(softcap), float(scale),
+        *astuple(config), normaliser.tokens, normaliser.sequences,
+        torch.is_grad_enabled() and hidden_NH.requires_grad,
+    )  # fmt: skip
+    return named_metrics(
+        loss, metrics, config, kl=ref_logp_N is not None, entropy=True, gap=behaviour_logp_N is not None
+    )
