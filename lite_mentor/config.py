@@ -296,7 +296,5 @@ def check(config: Config) -> None:
         )
     if config.device not in ("auto", "cpu") and not config.device.startswith("cuda"):
         raise UserError(f"--device {config.device}: use auto, cpu or cuda.")
-    if config.backend == "triton":
-        raise UserError("--backend triton: the Triton kernels are not there yet; use --backend torch or auto.")
     if not config.levels:
         raise UserError("--levels is empty; name at least one level, such as --levels 1 2.")

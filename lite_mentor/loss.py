@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from mentor_kernels import Normaliser, PolicyLossConfig, PolicyLossOut, linear_logprob, policy_loss
+from mentor_kernels import Normaliser, PolicyLossConfig, PolicyLossOut, linear_logprob, linear_policy_loss
+from mentor_kernels.backend import interpreted
 
 from lite_mentor.attention import PackedPlan
 from lite_mentor.config import Config
+from lite_mentor.errors import UserError
 from lite_mentor.student import Student
 from lite_mentor.types import Batch
 
@@ -25,22 +27,34 @@ def loss_config(config: Config) -> PolicyLossConfig:
     )
 
 
+def check_backend(config: Config) -> None:
+    """Raises UserError when `config`, whose device and dtype are decided, asks for kernels that cannot run there."""
+    if config.backend == "triton" and config.device == "cpu" and not (interpreted() and config.dtype == "fp32"):
+        raise UserError(
+            "--backend triton needs a GPU; on a CPU its kernels run only in Triton's interpreter, slowly and in "
+            "float32: set TRITON_INTERPRET=1 and give --dtype fp32, or use --backend torch."
+        )
+
+
 def logprobs(
     student: Student, batch: Batch, *, temperature: float = 1.0, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logprob and entropy [N] of each sampled token, under the student as it is now."""
+    hidden_NH = _hidden(student, batch)
+    how = _head(student, temperature, backend)
+    out = linear_logprob(hidden_NH, student.head_weight_VH, batch.targets_N.to(hidden_NH.device), **how)
+    return out.logprob_N, out.entropy_N
+
+
+def _hidden(student: Student, batch: Batch) -> torch.Tensor:
+    """Hidden states [N, H] from which the sampled tokens are predicted."""
     plan = PackedPlan(batch.segment_starts, batch.segment_parents, len(batch.ids_T), student.device)
     hidden_TH = student.hidden(batch.ids_T[None], batch.positions_T[None], plan)
-    out = linear_logprob(
-        hidden_TH.index_select(0, batch.row_index_N.to(hidden_TH.device)),
-        student.head_weight_VH,
-        batch.targets_N.to(hidden_TH.device),
-        temperature=temperature,
-        softcap=student.softcap,
-        scale=student.logit_scale,
-        backend=backend,
-    )
-    return out.logprob_N, out.entropy_N
+    return hidden_TH.index_select(0, batch.row_index_N.to(hidden_TH.device))
+
+
+def _head(student: Student, temperature: float, backend: str | None) -> dict:
+    return dict(temperature=temperature, softcap=student.softcap, scale=student.logit_scale, backend=backend)
 
 
 @torch.no_grad()
@@ -51,24 +65,24 @@ def old_logprobs(student: Student, batch: Batch, config: Config) -> torch.Tensor
 
 def batch_loss(student: Student, batch: Batch, config: Config, old_logp_N: torch.Tensor | None = None) -> PolicyLossOut:
     """This row's share of the optimizer step's loss. Without `old_logp_N` the update is on-policy: every ratio is 1."""
-    how = dict(temperature=config.temperature, backend=config.kernel_backend)
     ref_logp_N = None
     if config.beta:
         with torch.no_grad(), student.reference():
-            ref_logp_N = logprobs(student, batch, **how)[0]
-    logp_N, entropy_N = logprobs(student, batch, **how)
-    device = logp_N.device
-    return policy_loss(
-        logp_N,
-        old_logp_N,
-        batch.advantage_N.to(device),
+            ref_logp_N = logprobs(student, batch, temperature=config.temperature, backend=config.kernel_backend)[0]
+    hidden_NH = _hidden(student, batch)
+    device = hidden_NH.device
+    return linear_policy_loss(
+        hidden_NH,
+        student.head_weight_VH,
+        batch.targets_N.to(device),
+        old_logp_N=old_logp_N,
+        advantage_N=batch.advantage_N.to(device),
         sequence_N=batch.sequence_N.to(device),
         ref_logp_N=ref_logp_N,
         behaviour_logp_N=batch.behaviour_logp_N.to(device),
-        entropy_N=entropy_N,
+        **_head(student, config.temperature, config.kernel_backend),
         config=loss_config(config),
         normaliser=Normaliser(tokens=batch.global_tokens, sequences=batch.global_sequences),
-        backend=config.kernel_backend,
     )
 
 

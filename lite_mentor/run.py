@@ -21,6 +21,7 @@ from lite_mentor.assets import cache_folder
 from lite_mentor.config import Config
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.log import RunLog
+from lite_mentor.loss import check_backend
 from lite_mentor.optim import Guard, make_optimizer
 from lite_mentor.prompt import Chat
 from lite_mentor.rollout import Limits, RunCall
@@ -104,6 +105,7 @@ def prepare(config: Config) -> Iterator[Run]:
     # What `auto` means is decided once and written down: a resumed run must not decide otherwise.
     dtype = "bf16" if compute_dtype(device, config.dtype) is torch.bfloat16 else "fp32"
     config = replace(config, device=device, dtype=dtype, out=str(out))
+    check_backend(config)
     with ExitStack() as stack:
         stack.enter_context(checkpoint.lock(out))
         log = stack.enter_context(RunLog(out, config.asdict(), total_steps=config.steps, resume=bool(config.resume)))

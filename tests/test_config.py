@@ -56,7 +56,6 @@ def test_unknown_preset_names_the_presets():
         (["--top-p", "1.5"], "top-p lies in"),
         (["--updates-per-step", "3"], "does not divide"),
         (["--micro-tokens", "100"], "--micro-tokens 100 cannot hold one rollout"),
-        (["--backend", "triton"], "the Triton kernels are not there yet"),
         (["--device", "tpu"], "use auto, cpu or cuda"),
         (["--temperature", "nan"], "--temperature is nan"),
     ],

@@ -25,9 +25,6 @@ from mentor_kernels import Normaliser, PolicyLossConfig, linear_logprob, linear_
 from mentor_kernels.linear_logprob import STATISTICS_TILE, _forward_triton, _linear_logprob
 from mentor_kernels.linear_policy_loss import _linear_policy_loss
 
-# The interpreter computes lanes outside the batch too, and warns of what no one stores.
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
-
 MODULE = sys.modules["mentor_kernels.linear_logprob"]
 triton_head = partial(linear_logprob, backend="triton")
 

@@ -9,8 +9,9 @@ import torch
 
 from lite_mentor.batch import pack
 from lite_mentor.config import PRESETS
+from lite_mentor.errors import UserError
 from lite_mentor.fit import fullest_row, prove_fit
-from lite_mentor.loss import StepMetrics, batch_loss, logprobs, old_logprobs
+from lite_mentor.loss import StepMetrics, batch_loss, check_backend, logprobs, old_logprobs
 from lite_mentor.student import load_student
 from tests.test_batch import rollout
 
@@ -128,3 +129,33 @@ def test_the_fullest_row_is_full_and_shares_nothing(student):
     text = prove_fit(student, config)
     assert "the fullest row (87 tokens, 30 of them sampled) fits" in text
     assert all(p.grad is None for p in student.trainable())
+
+
+def test_kernels_that_cannot_run_are_refused():
+    with pytest.raises(UserError, match="--backend triton needs a GPU"):
+        check_backend(dataclasses.replace(CONFIG, backend="triton", dtype="bf16"))
+
+
+@pytest.mark.parametrize("loss", ["dapo", "gspo"])
+def test_the_kernels_train_as_torch_does(loss):
+    """Four updates by the same rows, through interpreted kernels and through torch: the same losses and weights."""
+    results = []
+    for backend in ("torch", "triton"):
+        student = load_student("tiny", quant="none", dtype="fp32", lora_rank=4, lora_alpha=8, seed=0)
+        config = dataclasses.replace(CONFIG, backend=backend, loss=loss, beta=0.1, entropy=0.01)
+        optimizer = torch.optim.Adam(student.trainable(), lr=1e-3)
+        rows = pack(episodes(), ADVANTAGES, 100)
+        old = [old_logprobs(student, row, config) for row in rows]
+        losses = []
+        for _ in range(4):
+            outs = [batch_loss(student, row, config, o) for row, o in zip(rows, old, strict=True)]
+            total = sum(out.loss for out in outs)
+            total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(total.item())
+        results.append((losses, torch.cat([p.detach().flatten() for p in student.trainable()])))
+    (torchs, torch_weights), (kernels, kernel_weights) = results
+    assert kernels == pytest.approx(torchs, rel=1e-4, abs=1e-6)
+    assert abs(torchs[-1] - torchs[0]) > 1e-3
+    assert float((kernel_weights - torch_weights).norm() / torch_weights.norm()) < 1e-3
