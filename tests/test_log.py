@@ -70,6 +70,8 @@ def test_a_folder_with_other_files_is_fine(tmp_path):
     (tmp_path / ".lock").write_text("17")
     (tmp_path / "notes.txt").write_text("mine")
     RunLog(tmp_path, CONFIG, total_steps=1, quiet=True).close()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "config.json").exists()
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
