@@ -40,13 +40,13 @@ def logprobs(
     student: Student, batch: Batch, *, temperature: float = 1.0, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logprob and entropy [N] of each sampled token, under the student as it is now."""
-    hidden_NH = _hidden(student, batch)
+    hidden_NH = sampled_hidden(student, batch)
     how = _head(student, temperature, backend)
     out = linear_logprob(hidden_NH, student.head_weight_VH, batch.targets_N.to(hidden_NH.device), **how)
     return out.logprob_N, out.entropy_N
 
 
-def _hidden(student: Student, batch: Batch) -> torch.Tensor:
+def sampled_hidden(student: Student, batch: Batch) -> torch.Tensor:
     """Hidden states [N, H] from which the sampled tokens are predicted."""
     plan = PackedPlan(batch.segment_starts, batch.segment_parents, len(batch.ids_T), student.device)
     hidden_TH = student.hidden(batch.ids_T[None], batch.positions_T[None], plan)
@@ -69,7 +69,7 @@ def batch_loss(student: Student, batch: Batch, config: Config, old_logp_N: torch
     if config.beta:
         with torch.no_grad(), student.reference():
             ref_logp_N = logprobs(student, batch, temperature=config.temperature, backend=config.kernel_backend)[0]
-    hidden_NH = _hidden(student, batch)
+    hidden_NH = sampled_hidden(student, batch)
     device = hidden_NH.device
     return linear_policy_loss(
         hidden_NH,

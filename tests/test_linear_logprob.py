@@ -138,9 +138,9 @@ def test_bf16_products_are_a_private_affair():
     case = head_case("", torch.bfloat16)
     linear_logprob(case.hidden_NH, case.weight_VH, case.targets_N)
     assert matmul.fp32_precision == before
-    with MODULE._float32_sums(case.hidden_NH):
+    with MODULE.float32_sums(case.hidden_NH):
         assert matmul.fp32_precision == "bf16"
-    with MODULE._float32_sums(case.hidden_NH.float()):
+    with MODULE.float32_sums(case.hidden_NH.float()):
         assert matmul.fp32_precision == before
 
 

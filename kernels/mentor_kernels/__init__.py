@@ -1,8 +1,9 @@
 """Fused operators for reinforcement learning of language models with a frozen head; usable on their own.
 
     linear_logprob       hidden states and the head -> logprob and entropy of each target; no [N, V] tensor exists
+    linear_kl            two hidden states and the head -> exact KL of each row
     policy_loss          logprobs -> GRPO-family loss, importance correction, KL, entropy bonus, metrics
-    linear_policy_loss   both in one, with one sweep over the vocabulary for the gradient
+    linear_policy_loss   all of these in one, with one sweep over the vocabulary for the gradient
     group_advantage      tool sets and answers -> composite reward and group-relative advantage
 
 `backend` is "torch", "triton" or None (the best one for the device). Start reading at kernels/README.md.
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 from mentor_kernels.group_advantage import STANDARD_TERMS, AdvantageOut, RewardConfig, group_advantage
+from mentor_kernels.linear_kl import linear_kl
 from mentor_kernels.linear_logprob import LogprobOut, linear_logprob
 from mentor_kernels.linear_policy_loss import linear_policy_loss
 from mentor_kernels.policy_loss import Normaliser, PolicyLossConfig, PolicyLossOut, policy_loss
@@ -24,6 +26,7 @@ __all__ = [
     "PolicyLossOut",
     "RewardConfig",
     "group_advantage",
+    "linear_kl",
     "linear_logprob",
     "linear_policy_loss",
     "policy_loss",

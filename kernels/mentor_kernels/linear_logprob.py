@@ -78,7 +78,7 @@ class LogprobOut(NamedTuple):
 
 
 @contextmanager
-def _float32_sums(hidden_NH: torch.Tensor) -> Iterator[None]:
+def float32_sums(hidden_NH: torch.Tensor) -> Iterator[None]:
     """Matmuls of this file keep float32 sums: a surrounding autocast would round every logit to 8 bits.
 
     On the CPU, operands that come from bf16 may use the bf16 instructions: two such values, widened to float32, lose
@@ -97,20 +97,20 @@ def _float32_sums(hidden_NH: torch.Tensor) -> Iterator[None]:
             matmul.fp32_precision = before
 
 
-def _tiles(hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, int]]:
+def tiles(hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, int]]:
     """(rows, float32 tile of the head, its first column) for every tile of logits, columns outermost."""
-    wide = _wide(hidden_NH.dtype)
+    wide = wide_dtype(hidden_NH.dtype)
     for first in range(0, weight_VH.shape[0], TILE_COLUMNS):
         weight_CH = weight_VH[first : first + TILE_COLUMNS].to(wide)
         for row in range(0, hidden_NH.shape[0], TILE_ROWS):
             yield slice(row, row + TILE_ROWS), weight_CH, first
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _logits(
+def logits(
     hidden_RH: torch.Tensor, weight_CH: torch.Tensor, temperature: float, softcap: float | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """z of one tile, and the slope k of the softcap (None without one)."""
@@ -135,12 +135,12 @@ def _forward_torch(
     The statistics do not depend on `jacobian`, which only decides whether the last output has rows.
     """
     N, H = hidden_NH.shape
-    hidden_NH = hidden_NH.to(_wide(hidden_NH.dtype))
+    hidden_NH = hidden_NH.to(wide_dtype(hidden_NH.dtype))
     m_N, s_N, a_N, target_z_N = hidden_NH.new_tensor([START, 0.0, 0.0, BARRED])[:, None].repeat(1, N)
     target_slope_N = hidden_NH.new_ones(N)
     sum_NH = hidden_NH.new_zeros(N if jacobian else 0, H)
-    for rows, weight_CH, first in _tiles(hidden_NH, weight_VH):
-        z_RC, slope_RC = _logits(hidden_NH[rows], weight_CH, temperature, softcap, scale)
+    for rows, weight_CH, first in tiles(hidden_NH, weight_VH):
+        z_RC, slope_RC = logits(hidden_NH[rows], weight_CH, temperature, softcap, scale)
         column_R1 = (targets_N[rows] - first)[:, None]
         inside_R1 = (column_R1 >= 0) & (column_R1 < z_RC.shape[1])
         column_R1 = column_R1.clamp(0, z_RC.shape[1] - 1)
@@ -198,10 +198,10 @@ def _entropy_backward_torch(
     scale: float,
 ) -> torch.Tensor:
     """grad_entropy_N times d entropy / d hidden, in float32."""
-    hidden_NH = hidden_NH.to(_wide(hidden_NH.dtype))
+    hidden_NH = hidden_NH.to(wide_dtype(hidden_NH.dtype))
     grad_NH = torch.zeros_like(hidden_NH)
-    for rows, weight_CH, _ in _tiles(hidden_NH, weight_VH):
-        z_RC, slope_RC = _logits(hidden_NH[rows], weight_CH, temperature, softcap, scale)
+    for rows, weight_CH, _ in tiles(hidden_NH, weight_VH):
+        z_RC, slope_RC = logits(hidden_NH[rows], weight_CH, temperature, softcap, scale)
         log_p_RC = z_RC.sub_(shift_2N[0, rows, None]).sub_(shift_2N[1, rows, None])
         p_RC = log_p_RC.exp()
         p_RC.mul_(log_p_RC.add_(entropy_N[rows, None]))
@@ -229,6 +229,11 @@ STATISTICS = {
     2: Launch(dict(BLOCK_R=128, BLOCK_H=64), warps=8, stages=3),
     4: Launch(dict(BLOCK_R=64, BLOCK_H=32), warps=8, stages=2),
 }
+# Two accumulators, for the policy and its reference.
+STATISTICS_OF_TWO = {
+    2: Launch(dict(BLOCK_R=64, BLOCK_H=64), warps=8, stages=3),
+    4: Launch(dict(BLOCK_R=32, BLOCK_H=32), warps=8, stages=2),
+}
 GRADIENT = {
     2: Launch(dict(BLOCK_R=128, BLOCK_H=128, BLOCK_V=128), warps=8, stages=2),
     4: Launch(dict(BLOCK_R=64, BLOCK_H=64, BLOCK_V=32), warps=8, stages=2),
@@ -237,13 +242,28 @@ FINISH = Launch(dict(BLOCK_R=16, BLOCK_T=64), warps=4, stages=1)
 
 
 @triton.jit
+def _scaled(dot_RV, inner, outer, SOFTCAP: tl.constexpr):
+    """z from the products with the head."""
+    if SOFTCAP:
+        # tanh from exp(-2|x|), which cannot overflow
+        u_RV = tl.exp(-2 * tl.abs(dot_RV * inner))
+        tanh_RV = (1 - u_RV) / (1 + u_RV)
+        dot_RV = tl.where(dot_RV * inner < 0, -tanh_RV, tanh_RV)
+    return dot_RV * outer
+
+
+@triton.jit
 def _tile_statistics(
-    hidden_ptr, weight_ptr, target_ptr, m_ptr, s_ptr, a_ptr, target_z_ptr, e_ptr,
-    R, V, H, hidden_stride, weight_stride, e_stride, inner, outer,
+    hidden_ptr, ref_hidden_ptr, weight_ptr, target_ptr, m_ptr, s_ptr, a_ptr, target_z_ptr, e_ptr,
+    ref_m_ptr, ref_s_ptr, drift_ptr, target_d_ptr, d_ptr,
+    R, V, H, hidden_stride, ref_hidden_stride, weight_stride, e_stride, inner, outer,
     SOFTCAP: tl.constexpr, STORE: tl.constexpr, EVEN_H: tl.constexpr, BARRED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """K1. Row blocks are the fastest index: those of a chunk share a tile of the head while it is in the cache."""
+    """K1. Row blocks are the fastest index: those of a chunk share a tile of the head while it is in the cache.
+
+    With a reference it also makes d = z - z_ref, the tile's sum of e d, and the reference's own m and s.
+    """
     blocks = tl.cdiv(R, BLOCK_R)
     tile = tl.program_id(0) // blocks
     row_R = (tl.program_id(0) % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -252,6 +272,9 @@ def _tile_statistics(
     hidden_RH = hidden_ptr + row_R.to(tl.int64)[:, None] * hidden_stride + h_H[None, :]
     weight_HV = weight_ptr + col_V.to(tl.int64)[None, :] * weight_stride + h_H[:, None]
     dot_RV = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
+    if ref_hidden_ptr is not None:
+        ref_RH = ref_hidden_ptr + row_R.to(tl.int64)[:, None] * ref_hidden_stride + h_H[None, :]
+        ref_dot_RV = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
     for h in range(0, H, BLOCK_H):
         row_ok, col_ok = (row_R < R)[:, None], (col_V < V)[None, :]
         if not EVEN_H:
@@ -259,31 +282,40 @@ def _tile_statistics(
         x_RH = tl.load(hidden_RH + h, mask=row_ok, other=0.0)
         w_HV = tl.load(weight_HV + h, mask=col_ok, other=0.0)
         dot_RV = tl.dot(x_RH, w_HV, dot_RV, input_precision="ieee")
+        if ref_hidden_ptr is not None:
+            y_RH = tl.load(ref_RH + h, mask=row_ok, other=0.0)
+            ref_dot_RV = tl.dot(y_RH, w_HV, ref_dot_RV, input_precision="ieee")
 
-    if SOFTCAP:
-        # tanh from exp(-2|x|), which cannot overflow
-        u_RV = tl.exp(-2 * tl.abs(dot_RV * inner))
-        tanh_RV = (1 - u_RV) / (1 + u_RV)
-        z_RV = tl.where(dot_RV * inner < 0, -tanh_RV, tanh_RV) * outer
-    else:
-        z_RV = dot_RV * outer
+    z_RV = _scaled(dot_RV, inner, outer, SOFTCAP)
     target_R = tl.load(target_ptr + row_R, mask=row_R < R, other=-1)
     own_RV = col_V[None, :] == target_R[:, None]
     here_R = (target_R // BLOCK_V == tile) & (target_R >= 0) & (target_R < V) & (row_R < R)
     tl.store(target_z_ptr + row_R, tl.sum(tl.where(own_RV, z_RV, 0.0), 1), mask=here_R)
+    at_R = tile * R + row_R
+    to_RV = row_R.to(tl.int64)[:, None] * e_stride + col_V[None, :]
+    if ref_hidden_ptr is not None:
+        ref_z_RV = _scaled(ref_dot_RV, inner, outer, SOFTCAP)
+        d_RV = z_RV - ref_z_RV
+        ref_z_RV = tl.where((col_V < V)[None, :], ref_z_RV, BARRED)
+        ref_m_R = tl.max(ref_z_RV, 1)
+        tl.store(ref_m_ptr + at_R, ref_m_R, mask=row_R < R)
+        tl.store(ref_s_ptr + at_R, tl.sum(tl.exp(ref_z_RV - ref_m_R[:, None]), 1), mask=row_R < R)
+        tl.store(target_d_ptr + row_R, tl.sum(tl.where(own_RV, d_RV, 0.0), 1), mask=here_R)
+        if STORE:
+            tl.store(d_ptr + to_RV, d_RV.to(d_ptr.dtype.element_ty), mask=(row_R < R)[:, None])
 
     other_RV = (col_V < V)[None, :] & (col_V[None, :] != target_R[:, None])
     z_RV = tl.where(other_RV, z_RV, BARRED)
     m_R = tl.max(z_RV, 1)
     z_RV = z_RV - m_R[:, None]
     e_RV = tl.where(other_RV, tl.exp(z_RV), 0.0)
-    at_R = tile * R + row_R
+    if ref_hidden_ptr is not None:
+        tl.store(drift_ptr + at_R, tl.sum(e_RV * d_RV, 1), mask=row_R < R)
     tl.store(m_ptr + at_R, m_R, mask=row_R < R)
     tl.store(s_ptr + at_R, tl.sum(e_RV, 1), mask=row_R < R)
     tl.store(a_ptr + at_R, tl.sum(tl.where(other_RV, e_RV * z_RV, 0.0), 1), mask=row_R < R)
     if STORE:
-        to_RV = e_ptr + row_R.to(tl.int64)[:, None] * e_stride + col_V[None, :]
-        tl.store(to_RV, e_RV.to(e_ptr.dtype.element_ty), mask=(row_R < R)[:, None])
+        tl.store(e_ptr + to_RV, e_RV.to(e_ptr.dtype.element_ty), mask=(row_R < R)[:, None])
 
 
 @triton.jit
@@ -348,10 +380,43 @@ def _merge_tiles(
 
 
 @triton.jit
+def _merge_divergence(
+    m_ptr, ref_m_ptr, ref_s_ptr, drift_ptr, target_z_ptr, target_d_ptr, top_ptr, log_total_ptr, kl_ptr, level_ptr,
+    R, tiles, START: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """K2 for the reference: KL, and the level g + KL that d is measured from in its gradient (linear_kl.py)."""
+    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    t_T = tl.arange(0, BLOCK_T)
+    at_TR = t_T[:, None] * R + row_R[None, :]
+    ref_m_TR = tl.full((BLOCK_T, BLOCK_R), START, tl.float32)
+    for t in range(0, tiles, BLOCK_T):
+        ok_TR = (t + t_T < tiles)[:, None] & (row_R < R)[None, :]
+        ref_m_TR = tl.maximum(ref_m_TR, tl.load(ref_m_ptr + t * R + at_TR, mask=ok_TR, other=START))
+    ref_m_R = tl.max(ref_m_TR, 0)
+    top_R = tl.load(top_ptr + row_R, mask=row_R < R, other=0.0)
+    log_total_R = tl.load(log_total_ptr + row_R, mask=row_R < R, other=0.0)
+    ref_s_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    drift_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for t in range(0, tiles, BLOCK_T):
+        ok_TR = (t + t_T < tiles)[:, None] & (row_R < R)[None, :]
+        from_TR = t * R + at_TR
+        ref_shift_TR = tl.load(ref_m_ptr + from_TR, mask=ok_TR, other=START) - ref_m_R[None, :]
+        ref_s_TR += tl.load(ref_s_ptr + from_TR, mask=ok_TR, other=0.0) * tl.exp(ref_shift_TR)
+        share_TR = tl.exp(tl.load(m_ptr + from_TR, mask=ok_TR, other=START) - top_R[None, :] - log_total_R[None, :])
+        drift_TR += tl.load(drift_ptr + from_TR, mask=ok_TR, other=0.0) * share_TR
+    target_z_R = tl.load(target_z_ptr + row_R, mask=row_R < R, other=0.0)
+    target_d_R = tl.load(target_d_ptr + row_R, mask=row_R < R, other=0.0)
+    drift_R = tl.sum(drift_TR, 0) + tl.exp(target_z_R - top_R - log_total_R) * target_d_R
+    g_R = (top_R - ref_m_R) + (log_total_R - tl.log(tl.sum(ref_s_TR, 0)))
+    tl.store(kl_ptr + row_R, drift_R - g_R, mask=row_R < R)
+    tl.store(level_ptr + row_R, drift_R, mask=row_R < R)
+
+
+@triton.jit
 def _hidden_gradient(
     e_ptr, m_ptr, weight_ptr, target_ptr, target_z_ptr, logprob_ptr, entropy_ptr, top_ptr, log_total_ptr,
-    order_ptr, by_logprob_ptr, by_entropy_ptr, out_ptr, R, V, H, e_stride, weight_stride, out_stride,
-    factor, slope_factor,
+    order_ptr, by_logprob_ptr, by_entropy_ptr, by_kl_ptr, d_ptr, target_d_ptr, level_ptr, out_ptr,
+    R, V, H, e_stride, weight_stride, out_stride, factor, slope_factor,
     SOFTCAP: tl.constexpr, LOSS: tl.constexpr, EVEN_H: tl.constexpr, BOOST: tl.constexpr,
     TILE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -379,24 +444,33 @@ def _hidden_gradient(
         by_entropy_R = tl.load(by_entropy_ptr + row_R, mask=row_ok, other=0.0)
         entropy_R = tl.load(entropy_ptr + row_R, mask=row_ok, other=0.0)
         size_R = tl.maximum(tl.abs(by_logprob_R), tl.abs(by_entropy_R))
+        if by_kl_ptr is not None:
+            by_kl_R = tl.load(by_kl_ptr + row_R, mask=row_ok, other=0.0)
+            level_R = tl.load(level_ptr + row_R, mask=row_ok, other=0.0)
+            size_R = tl.maximum(size_R, tl.abs(by_kl_R))
+            by_kl_R = tl.where(size_R > 0, by_kl_R / size_R, 0.0)
         by_logprob_R = tl.where(size_R > 0, by_logprob_R / size_R, 0.0)
         by_entropy_R = tl.where(size_R > 0, by_entropy_R / size_R, 0.0)
         last = tl.where(tl.max(size_R, 0) == 0, 0, V)
 
-    e_RV = e_ptr + row_R.to(tl.int64)[:, None] * e_stride + v_V[None, :]
+    at_RV = row_R.to(tl.int64)[:, None] * e_stride + v_V[None, :]
     weight_VH = weight_ptr + v_V.to(tl.int64)[:, None] * weight_stride + h_H[None, :]
     sum_RH = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
     total_R = tl.zeros((BLOCK_R,), tl.float32)
     for v in range(0, last, BLOCK_V):
         m_R = tl.load(m_ptr + (v // TILE) * R + row_R, mask=row_ok, other=0.0)
-        p_RV = tl.load(e_RV + v, mask=row_ok[:, None], other=0.0).to(tl.float32)
+        p_RV = tl.load(e_ptr + at_RV + v, mask=row_ok[:, None], other=0.0).to(tl.float32)
         shift_R = m_R - top_R - log_total_R
         if SOFTCAP or LOSS:
             log_e_RV = tl.log(tl.where(p_RV > 0, p_RV, 1.0))
         p_RV = p_RV * (tl.exp(shift_R) * BOOST)[:, None]
         if LOSS:
             log_p_RV = log_e_RV + shift_R[:, None]
-            p_RV = p_RV * (by_logprob_R[:, None] + by_entropy_R[:, None] * (log_p_RV + entropy_R[:, None]))
+            phi_RV = by_logprob_R[:, None] + by_entropy_R[:, None] * (log_p_RV + entropy_R[:, None])
+            if by_kl_ptr is not None:
+                d_RV = tl.load(d_ptr + at_RV + v, mask=row_ok[:, None], other=0.0).to(tl.float32)
+                phi_RV -= by_kl_R[:, None] * (d_RV - level_R[:, None])
+            p_RV = p_RV * phi_RV
         if SOFTCAP:
             tanh_RV = (log_e_RV + m_R[:, None]) * slope_factor
             p_RV = p_RV * (1 - tanh_RV * tanh_RV)
@@ -417,6 +491,9 @@ def _hidden_gradient(
         own_R = tl.where(logprob_R < -0.5, 1 - tl.exp(logprob_R), -_expm1_small(logprob_R))
         if LOSS:
             own_R = by_logprob_R * own_R - by_entropy_R * tl.exp(logprob_R) * (logprob_R + entropy_R)
+            if by_kl_ptr is not None:
+                target_d_R = tl.load(target_d_ptr + row_R, mask=row_ok, other=0.0)
+                own_R += by_kl_R * tl.exp(logprob_R) * (target_d_R - level_R)
         own_R = own_R * (1 - z_R * slope_factor * z_R * slope_factor)
     else:
         own_R = total_R * (1 / BOOST)
@@ -443,16 +520,20 @@ class Workspace(NamedTuple):
     """m, s and a of each tile and row."""
     e_RV: torch.Tensor
     """exp(z - m), columns padded to whole tiles; no rows when no gradient is needed."""
+    divergence_3TR: torch.Tensor | None = None
+    """With a reference: its m and s, and the sum of e d."""
+    d_RV: torch.Tensor | None = None
+    """With a reference: d, where e_RV has e."""
 
 
-def _workspace(hidden_NH: torch.Tensor, V: int, gradient: bool) -> Workspace:
+def _workspace(hidden_NH: torch.Tensor, V: int, gradient: bool, reference: bool) -> Workspace:
     tiles = triton.cdiv(V, STATISTICS_TILE)
     rows = min(_chunk_rows(V, hidden_NH.element_size()), hidden_NH.shape[0])
-    return Workspace(
-        rows,
-        hidden_NH.new_empty(3, tiles, rows, dtype=torch.float32),
-        hidden_NH.new_empty(rows if gradient else 0, tiles * STATISTICS_TILE),
-    )
+    statistics_3TR = hidden_NH.new_empty(3, tiles, rows, dtype=torch.float32)
+    e_RV = hidden_NH.new_empty(rows if gradient else 0, tiles * STATISTICS_TILE)
+    if not reference:
+        return Workspace(rows, statistics_3TR, e_RV)
+    return Workspace(rows, statistics_3TR, e_RV, torch.empty_like(statistics_3TR), torch.empty_like(e_RV))
 
 
 class Rows(NamedTuple):
@@ -463,14 +544,19 @@ class Rows(NamedTuple):
     top_R: torch.Tensor
     log_total_R: torch.Tensor
     target_z_R: torch.Tensor
+    kl_R: torch.Tensor | None = None
+    """With a reference: KL, the level of its gradient, and the target's d."""
+    level_R: torch.Tensor | None = None
+    target_d_R: torch.Tensor | None = None
 
     def part(self, rows: slice) -> Rows:
-        return Rows(*(row[rows] for row in self))
+        return Rows(*(None if row is None else row[rows] for row in self))
 
 
-def new_rows(hidden_NH: torch.Tensor) -> Rows:
+def new_rows(hidden_NH: torch.Tensor, reference: bool = False) -> Rows:
     """A target outside the vocabulary is in no tile, so its z, and with it the logprob, stays NaN."""
-    return Rows(*(hidden_NH.new_full(hidden_NH.shape[:1], torch.nan, dtype=torch.float32) for _ in Rows._fields))
+    fields = len(Rows._fields) - (0 if reference else len(Rows._field_defaults))
+    return Rows(*(hidden_NH.new_full(hidden_NH.shape[:1], torch.nan, dtype=torch.float32) for _ in range(fields)))
 
 
 class Head(NamedTuple):
@@ -482,24 +568,45 @@ class Head(NamedTuple):
     scale: float
 
 
-def score_chunk(hidden_RH: torch.Tensor, targets_R: torch.Tensor, head: Head, space: Workspace, out: Rows) -> None:
+def score_chunk(
+    hidden_RH: torch.Tensor,
+    targets_R: torch.Tensor,
+    head: Head,
+    space: Workspace,
+    out: Rows,
+    ref_hidden_RH: torch.Tensor | None = None,
+) -> None:
     """K1 and K2; e is stored if the workspace has rows for it."""
     (R, H), V = hidden_RH.shape, head.weight_VH.shape[0]
-    m_TR, s_TR, a_TR = space.statistics_3TR.flatten(1)[:, : space.statistics_3TR.shape[1] * R].unbind()
-    tiles, launch = triton.cdiv(V, STATISTICS_TILE), STATISTICS[max(hidden_RH.element_size(), 2)]
+    tiles, reference = triton.cdiv(V, STATISTICS_TILE), ref_hidden_RH is not None
+
+    def planes(planes_3TR: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return (None,) * 3 if planes_3TR is None else planes_3TR.flatten(1)[:, : tiles * R].unbind()
+
+    m_TR, s_TR, a_TR = planes(space.statistics_3TR)
+    ref_m_TR, ref_s_TR, drift_TR = planes(space.divergence_3TR)
+    launch = (STATISTICS_OF_TWO if reference else STATISTICS)[max(hidden_RH.element_size(), 2)]
     soft = head.softcap is not None
     _tile_statistics[(triton.cdiv(R, launch.blocks["BLOCK_R"]) * tiles,)](
-        hidden_RH, head.weight_VH, targets_R, m_TR, s_TR, a_TR, out.target_z_R, space.e_RV,
-        R, V, H, hidden_RH.stride(0), head.weight_VH.stride(0), space.e_RV.stride(0),
+        hidden_RH, ref_hidden_RH, head.weight_VH, targets_R, m_TR, s_TR, a_TR, out.target_z_R, space.e_RV,
+        ref_m_TR, ref_s_TR, drift_TR, out.target_d_R, space.d_RV,
+        R, V, H, hidden_RH.stride(0), ref_hidden_RH.stride(0) if reference else 0, head.weight_VH.stride(0),
+        space.e_RV.stride(0),
         head.scale / head.softcap if soft else 1.0,
         (head.softcap if soft else head.scale) / head.temperature,
         SOFTCAP=soft, STORE=len(space.e_RV) > 0, EVEN_H=H % launch.blocks["BLOCK_H"] == 0, BARRED=BARRED,
         BLOCK_V=STATISTICS_TILE, **launch.blocks, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    _merge_tiles[(triton.cdiv(R, FINISH.blocks["BLOCK_R"]),)](
-        m_TR, s_TR, a_TR, out.target_z_R, out.logprob_R, out.entropy_R, out.top_R, out.log_total_R, R, tiles,
-        START=START, **FINISH.blocks, num_warps=FINISH.warps, num_stages=FINISH.stages,
-    )  # fmt: skip
+    finish = dict(START=START, **FINISH.blocks, num_warps=FINISH.warps, num_stages=FINISH.stages)
+    grid = (triton.cdiv(R, FINISH.blocks["BLOCK_R"]),)
+    _merge_tiles[grid](
+        m_TR, s_TR, a_TR, out.target_z_R, out.logprob_R, out.entropy_R, out.top_R, out.log_total_R, R, tiles, **finish
+    )
+    if reference:
+        _merge_divergence[grid](
+            m_TR, ref_m_TR, ref_s_TR, drift_TR, out.target_z_R, out.target_d_R, out.top_R, out.log_total_R, out.kl_R,
+            out.level_R, R, tiles, **finish,
+        )  # fmt: skip
 
 
 def gradient_chunk(
@@ -510,18 +617,22 @@ def gradient_chunk(
     out_RH: torch.Tensor,
     by_logprob_R: torch.Tensor | None = None,
     by_entropy_R: torch.Tensor | None = None,
+    by_kl_R: torch.Tensor | None = None,
 ) -> None:
     """K3: the Jacobian of the logprobs, or with coefficients the gradient of a loss; after `score_chunk`."""
     (V, H), (R, _) = head.weight_VH.shape, out_RH.shape
     launch = GRADIENT[max(out_RH.element_size(), 2)]
     loss, half = by_logprob_R is not None, out_RH.dtype is torch.float16
-    order_R = ((by_logprob_R == 0) & (by_entropy_R == 0)).sort(stable=True).indices if loss else targets_R
+    order_R = None
+    if loss:
+        silent_R = (by_logprob_R == 0) & (by_entropy_R == 0)
+        order_R = (silent_R if by_kl_R is None else silent_R & (by_kl_R == 0)).sort(stable=True).indices
     boost = (2.0**12 if loss else 2.0**15) if half else 1.0
     grid = (triton.cdiv(R, launch.blocks["BLOCK_R"]) * triton.cdiv(H, launch.blocks["BLOCK_H"]),)
     _hidden_gradient[grid](
         space.e_RV, space.statistics_3TR, head.weight_VH, targets_R, rows.target_z_R, rows.logprob_R, rows.entropy_R,
-        rows.top_R, rows.log_total_R, order_R, by_logprob_R if loss else rows.logprob_R,
-        by_entropy_R if loss else rows.logprob_R, out_RH,
+        rows.top_R, rows.log_total_R, order_R, by_logprob_R, by_entropy_R, by_kl_R, space.d_RV, rows.target_d_R,
+        rows.level_R, out_RH,
         R, V, H, space.e_RV.stride(0), head.weight_VH.stride(0), out_RH.stride(0),
         head.scale / head.temperature, head.temperature / head.softcap if head.softcap is not None else 1.0,
         SOFTCAP=head.softcap is not None, LOSS=loss, EVEN_H=H % launch.blocks["BLOCK_H"] == 0, BOOST=boost,
@@ -533,11 +644,13 @@ def rows_last_contiguous(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def chunks(hidden_NH: torch.Tensor, head: Head, gradient: bool) -> Iterator[tuple[slice, Workspace]]:
+def chunks(
+    hidden_NH: torch.Tensor, head: Head, gradient: bool, reference: bool = False
+) -> Iterator[tuple[slice, Workspace]]:
     """Slices of rows, and the workspace that they take turns in."""
     if hidden_NH.shape[0] == 0:
         return
-    space = _workspace(hidden_NH, head.weight_VH.shape[0], gradient)
+    space = _workspace(hidden_NH, head.weight_VH.shape[0], gradient, reference)
     for first in range(0, hidden_NH.shape[0], space.rows):
         yield slice(first, first + space.rows), space
 
@@ -604,14 +717,14 @@ def _linear_logprob(
     if backend == "triton":
         with torch.cuda.device_of(hidden_NH):
             return _forward_triton(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian)
-    with _float32_sums(hidden_NH):
+    with float32_sums(hidden_NH):
         return _forward_torch(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian)
 
 
 @_linear_logprob.register_fake
 def _(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian, backend):
     N, H = hidden_NH.shape
-    wide = _wide(hidden_NH.dtype)
+    wide = wide_dtype(hidden_NH.dtype)
     row = hidden_NH.new_empty(N, dtype=wide)
     return (
         row,
@@ -640,7 +753,7 @@ def _entropy_backward(
                 torch.zeros_like(grad_entropy_N), grad_entropy_N, hidden_NH, weight_VH, targets_N, temperature,
                 softcap, scale,
             )  # fmt: skip
-    with _float32_sums(hidden_NH):
+    with float32_sums(hidden_NH):
         return _entropy_backward_torch(
             grad_entropy_N, hidden_NH, weight_VH, entropy_N, shift_2N, temperature, softcap, scale
         )
@@ -648,7 +761,7 @@ def _entropy_backward(
 
 @_entropy_backward.register_fake
 def _(grad_entropy_N, hidden_NH, weight_VH, targets_N, entropy_N, shift_2N, temperature, softcap, scale, backend):
-    dtype = hidden_NH.dtype if backend == "triton" else _wide(hidden_NH.dtype)
+    dtype = hidden_NH.dtype if backend == "triton" else wide_dtype(hidden_NH.dtype)
     return hidden_NH.new_empty(hidden_NH.shape, dtype=dtype)
 
 

@@ -2,17 +2,19 @@
 
 Mathematics. With c and b the loss's slopes by a token's logprob and by its entropy (policy_loss.py),
 
-    d loss / d h = c d logp / d h + b d H / d h
+    d loss / d h = c d logp / d h + b d H / d h + a d KL / d h
 
-is one sum over the vocabulary, K3's loss mode (linear_logprob.py). c and b of a token are known as soon as its logprob
-is, so a chunk of rows goes through K1, K2, the slopes and K3 while its exponentials are still at hand.
+is one sum over the vocabulary, K3's loss mode (linear_logprob.py); a, of the exact KL (linear_kl.py), is beta w. The
+coefficients of a token are known as soon as its logprob is, so a chunk of rows goes through K1, K2, the slopes and K3
+while its exponentials are still at hand.
 
-FLOPs, in units of one GEMM of the head: 2, an entropy bonus included; the two operators take 4 with one. Rows whose c
-and b are both 0 (a silent group, a clipped token) cost nothing in K3: they go to the end of their chunk, and blocks of
-nothing else skip their GEMM. The logprobs, and so the loss and the metrics, are bitwise those of the two operators.
+FLOPs, in units of one GEMM of the head: 2, an entropy bonus included, and 3 with the exact KL; the separate operators
+take 4 and 5 to 7. Rows whose coefficients are all 0 (of a silent group, a clipped token) cost nothing in K3: they go to
+the end of their chunk, and blocks of nothing else skip their GEMM. The logprobs, and without the exact KL the loss and
+the metrics, are bitwise those of the separate operators.
 
 gspo and the importance weights of whole sequences need all logprobs of a sequence before the first slope, and a chunk
-may cut a sequence. There, and on the torch backend, the two operators run instead.
+may cut a sequence. There, and on the torch backend, the separate operators run instead.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import astuple, replace
 import torch
 
 from mentor_kernels.backend import resolve_backend
+from mentor_kernels.linear_kl import linear_kl
 from mentor_kernels.linear_logprob import (
     Head,
     check_head,
@@ -54,6 +57,7 @@ def _forward_fused(
     sequence_N: torch.Tensor,
     ref_logp_N: torch.Tensor | None,
     behaviour_logp_N: torch.Tensor | None,
+    ref_hidden_NH: torch.Tensor | None,
     head: Head,
     config: PolicyLossConfig,
     normaliser: Normaliser,
@@ -61,27 +65,42 @@ def _forward_fused(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, d loss / d hidden [N, H] in its dtype or [0, H] without `gradient`, metrics in the order of METRICS)."""
     hidden_NH, targets_N = rows_last_contiguous(hidden_NH), targets_N.contiguous()
-    found = new_rows(hidden_NH)
+    exact = ref_hidden_NH is not None
+    if exact:
+        ref_hidden_NH = rows_last_contiguous(ref_hidden_NH)
+    found = new_rows(hidden_NH, reference=exact)
     grad_NH = hidden_NH.new_empty(hidden_NH.shape if gradient else (0, hidden_NH.shape[1]))
     # A token's weight in the loss depends on the sequences alone, its slope by a weight of 1 on the token alone.
     nothing_N = torch.zeros_like(advantage_N)
     w_N = forward_triton(nothing_N, None, nothing_N, sequence_N, None, None, None, config, normaliser)[2]
     by_token, one = replace(config, loss="cispo" if config.loss == "cispo" else "dapo"), Normaliser(1, 1)
-    for rows, space in chunks(hidden_NH, head, gradient):
+    for rows, space in chunks(hidden_NH, head, gradient, reference=exact):
         part = found.part(rows)
-        score_chunk(hidden_NH[rows], targets_N[rows], head, space, part)
+        ref_hidden_RH = ref_hidden_NH[rows] if exact else None
+        score_chunk(hidden_NH[rows], targets_N[rows], head, space, part, ref_hidden_RH)
         if gradient:
             old_R, ref_R, behaviour_R = (
                 None if v is None else v[rows] for v in (old_logp_N, ref_logp_N, behaviour_logp_N)
             )
             _, slope_R, _, _ = forward_triton(
-                part.logprob_R, old_R, advantage_N[rows], sequence_N[rows], ref_R, behaviour_R, None, by_token, one
+                part.logprob_R,
+                old_R,
+                advantage_N[rows],
+                sequence_N[rows],
+                part.kl_R if exact else ref_R,
+                behaviour_R,
+                None,
+                by_token,
+                one,
             )
-            by_logprob_R, by_entropy_R = w_N[rows] * slope_R, w_N[rows] * -config.entropy_coef
-            gradient_chunk(targets_N[rows], head, space, part, grad_NH[rows], by_logprob_R, by_entropy_R)
+            w_R = w_N[rows]
+            gradient_chunk(
+                targets_N[rows], head, space, part, grad_NH[rows], w_R * slope_R, w_R * -config.entropy_coef,
+                w_R * config.beta if exact else None,
+            )  # fmt: skip
     loss, _, _, metrics = forward_triton(
-        found.logprob_R, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, found.entropy_R, config,
-        normaliser,
+        found.logprob_R, old_logp_N, advantage_N, sequence_N, found.kl_R if exact else ref_logp_N, behaviour_logp_N,
+        found.entropy_R, config, normaliser,
     )  # fmt: skip
     return loss, grad_NH, metrics
 
@@ -99,6 +118,7 @@ def _linear_policy_loss(
     sequence_N: torch.Tensor,
     ref_logp_N: torch.Tensor | None,
     behaviour_logp_N: torch.Tensor | None,
+    ref_hidden_NH: torch.Tensor | None,
     temperature: float,
     softcap: float | None,
     scale: float,
@@ -125,7 +145,7 @@ def _linear_policy_loss(
     check_targets(targets_N, weight_VH, "triton")
     with torch.cuda.device_of(hidden_NH):
         return _forward_fused(
-            hidden_NH, targets_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N,
+            hidden_NH, targets_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, ref_hidden_NH,
             Head(rows_last_contiguous(weight_VH), temperature, softcap, scale), config, Normaliser(tokens, sequences),
             gradient,
         )  # fmt: skip
@@ -146,7 +166,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     (grad_NH,) = ctx.saved_tensors
-    return (grad_loss * grad_NH).to(grad_NH.dtype), *[None] * 25
+    return (grad_loss * grad_NH).to(grad_NH.dtype), *[None] * 26
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -175,13 +195,17 @@ def linear_policy_loss(
 ) -> PolicyLossOut:
     """`policy_loss` of `linear_logprob`: hidden states and a frozen head in, the loss out.
 
-    The reference comes as logprobs, or as its hidden states under the same head; not both. Differentiable in hidden_NH
-    alone; everything else is a constant. Otherwise as the two operators, their ValueErrors included.
+    The reference comes as logprobs, or as its hidden states under the same head; not both. config.kl = "exact" needs
+    the hidden states. Differentiable in hidden_NH alone; everything else is a constant. Otherwise as the separate
+    operators, their ValueErrors included.
     """
     head = dict(temperature=temperature, softcap=softcap, scale=scale, backend=backend)
-    if ref_hidden_NH is not None:
-        if ref_logp_N is not None:
-            raise ValueError("give ref_hidden_NH or ref_logp_N, not both")
+    exact = config.kl == "exact"
+    if ref_hidden_NH is not None and ref_logp_N is not None:
+        raise ValueError("give ref_hidden_NH or ref_logp_N, not both")
+    if exact and config.beta and ref_hidden_NH is None:
+        raise ValueError("beta is not 0 and kl is 'exact', so ref_hidden_NH is needed")
+    if ref_hidden_NH is not None and not exact:
         with torch.no_grad():
             ref_logp_N = linear_logprob(ref_hidden_NH, weight_VH, targets_N, **head).logprob_N
     vectors = dict(old_logp_N=old_logp_N, ref_logp_N=ref_logp_N, behaviour_logp_N=behaviour_logp_N)
@@ -190,11 +214,13 @@ def linear_policy_loss(
     )
     if resolve_backend(backend, hidden_NH.device) == "torch" or whole_sequences:
         logprob_N, entropy_N = linear_logprob(hidden_NH, weight_VH, targets_N, **head)
+        kl_N = linear_kl(hidden_NH, ref_hidden_NH, weight_VH, **head) if exact and ref_hidden_NH is not None else None
         return policy_loss(
             logprob_N,
             vectors.pop("old_logp_N"),
             advantage_N,
             sequence_N=sequence_N,
+            kl_N=kl_N if config.beta or kl_N is None else kl_N.detach(),
             entropy_N=entropy_N if config.entropy_coef else entropy_N.detach(),
             config=config,
             normaliser=normaliser,
@@ -204,13 +230,22 @@ def linear_policy_loss(
     check_head(hidden_NH, weight_VH, targets_N, temperature, softcap)
     check_triton(hidden_NH)
     logp_N = hidden_NH.new_empty(hidden_NH.shape[0], dtype=torch.float32)
-    check_inputs(logp_N, sequence_N, {"advantage_N": advantage_N, **vectors}, config)
+    if exact and ref_hidden_NH is not None:
+        check_head(ref_hidden_NH, weight_VH, targets_N, temperature, softcap)
+        vectors["kl_N"] = logp_N  # will be made
+    check_inputs(logp_N, sequence_N, {"kl_N": None, "advantage_N": advantage_N, **vectors}, config)
     loss, _, metrics = _linear_policy_loss(
         hidden_NH, weight_VH, targets_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N,
+        ref_hidden_NH if exact else None,
         float(temperature), None if softcap is None else float(softcap), float(scale),
         *astuple(config), normaliser.tokens, normaliser.sequences,
         torch.is_grad_enabled() and hidden_NH.requires_grad,
     )  # fmt: skip
     return named_metrics(
-        loss, metrics, config, kl=ref_logp_N is not None, entropy=True, gap=behaviour_logp_N is not None
+        loss,
+        metrics,
+        config,
+        kl=ref_logp_N is not None or (exact and ref_hidden_NH is not None),
+        entropy=True,
+        gap=behaviour_logp_N is not None,
     )

@@ -12,7 +12,8 @@ where sg[] says so.
     tis                   pg is multiplied by sg[min(b, tis_cap)], b = exp(old_logp - behaviour_logp), the part of the
                           ratio that is due to the sampler and not to the update; masked: b where b <= tis_cap, else 0.
                           Level sequence: b is the product over the sequence's tokens.
-    KL                    d = ref_logp - logp:  k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1
+    KL                    d = ref_logp - logp:  k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1;
+                          exact: given (linear_kl.py)
 
     loss = sum over n of w_n (pg + beta KL - entropy_coef entropy)
     w_n  = 1 / tokens                          dapo, cispo
@@ -45,7 +46,7 @@ from mentor_kernels.backend import resolve_backend
 
 EXPONENT_MAX = 20.0
 Loss = Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"]
-KL = Literal["k1", "k2", "k3"]
+KL = Literal["k1", "k2", "k3", "exact"]
 TISMode = Literal["tis", "masked"]
 TISLevel = Literal["token", "sequence"]
 
@@ -64,7 +65,7 @@ class PolicyLossConfig:
     cispo_max: float = 5.0
     """Cap on cispo's ratio."""
     kl: KL = "k3"
-    """Estimator of KL(policy || reference)."""
+    """Estimator of KL(policy || reference); `exact` takes the KL itself."""
     beta: float = 0.0
     """Weight of the KL in the loss."""
     entropy_coef: float = 0.0
@@ -118,7 +119,7 @@ class PolicyLossOut(NamedTuple):
     the whole step: `pg` to the policy term of the loss, the rest to a mean over the step's tokens.
 
         pg                               policy term of the loss
-        kl                               KL estimate                               (only with ref_logp_N)
+        kl                               KL estimate                               (only with ref_logp_N or kl_N)
         entropy                          entropy                                   (only with entropy_N)
         clip_low, clip_high, clip_dual   share of tokens without a gradient, by the bound they hit (cispo: capped ratio)
         ratio_mean, ratio_max            the ratio that the loss used
@@ -145,13 +146,13 @@ def _forward_torch(
     old_logp_N: torch.Tensor | None,
     advantage_N: torch.Tensor,
     sequence_N: torch.Tensor,
-    ref_logp_N: torch.Tensor | None,
+    reference_N: torch.Tensor | None,
     behaviour_logp_N: torch.Tensor | None,
     entropy_N: torch.Tensor | None,
     config: PolicyLossConfig,
     normaliser: Normaliser,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, d loss / d logp [N], w [N], metrics in the order of METRICS)."""
+    """(loss, d loss / d logp [N], w [N], metrics in the order of METRICS). reference_N: see `_kl`."""
     old_logp_N = logp_N if old_logp_N is None else old_logp_N
     _, local_N, length_S = torch.unique(sequence_N, return_inverse=True, return_counts=True)
     token_N = torch.full_like(logp_N, 1 / max(normaliser.tokens, 1))
@@ -161,7 +162,7 @@ def _forward_torch(
     pg_N, slope_N, low_N, high_N, dual_N = _policy_term(ratio_N, logp_N, advantage_N, config)
     tis_N, capped_N = _sampler_correction(old_logp_N, behaviour_logp_N, config, local_N, length_S)
     pg_N, slope_N = pg_N * tis_N, slope_N * tis_N
-    kl_N, kl_slope_N = _kl(logp_N, ref_logp_N, config.kl)
+    kl_N, kl_slope_N = _kl(logp_N, reference_N, config.kl)
     entropy_N = torch.zeros_like(logp_N) if entropy_N is None else entropy_N
     gap_N = torch.zeros_like(logp_N) if behaviour_logp_N is None else (old_logp_N - behaviour_logp_N).abs()
 
@@ -234,11 +235,13 @@ def _sampler_correction(
     return weight_N.masked_fill(above_N, config.tis_cap if config.tis_mode == "tis" else 0.0), above_N.to(log_N.dtype)
 
 
-def _kl(logp_N: torch.Tensor, ref_logp_N: torch.Tensor | None, estimator: KL) -> tuple[torch.Tensor, torch.Tensor]:
-    """The estimate and its derivative by logp."""
-    if ref_logp_N is None:
+def _kl(logp_N: torch.Tensor, reference_N: torch.Tensor | None, estimator: KL) -> tuple[torch.Tensor, torch.Tensor]:
+    """The estimate and its derivative by logp; `reference_N` is the reference's logprob, or for `exact` the KL."""
+    if reference_N is None:
         return torch.zeros_like(logp_N), torch.zeros_like(logp_N)
-    d_N = ref_logp_N - logp_N
+    if estimator == "exact":
+        return reference_N, torch.zeros_like(logp_N)
+    d_N = reference_N - logp_N
     if estimator == "k1":
         return -d_N, torch.ones_like(d_N)
     if estimator == "k2":
@@ -335,8 +338,11 @@ def _kl_slope(logp, ref_ptr, i, ok, KL: tl.constexpr, TOP: tl.constexpr):
     """_kl."""
     kl, slope = tl.zeros_like(logp), tl.zeros_like(logp)
     if ref_ptr is not None:
-        d = tl.load(ref_ptr + i, mask=ok, other=0.0) - logp
-        if KL == "k1":
+        reference = tl.load(ref_ptr + i, mask=ok, other=0.0)
+        d = reference - logp
+        if KL == "exact":
+            kl = reference
+        elif KL == "k1":
             kl, slope = -d, tl.full(d.shape, 1.0, tl.float32)
         elif KL == "k2":
             kl, slope = d * d * 0.5, -d
@@ -462,7 +468,7 @@ def forward_triton(
     old_logp_N: torch.Tensor | None,
     advantage_N: torch.Tensor,
     sequence_N: torch.Tensor,
-    ref_logp_N: torch.Tensor | None,
+    reference_N: torch.Tensor | None,
     behaviour_logp_N: torch.Tensor | None,
     entropy_N: torch.Tensor | None,
     config: PolicyLossConfig,
@@ -483,7 +489,7 @@ def forward_triton(
     span = SPAN if by_sequence else BLOCK
     rows = triton.cdiv(N, span)
     partial = logp_N.new_empty(rows, COLUMNS)
-    vectors = (logp_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, entropy_N)
+    vectors = (logp_N, old_logp_N, advantage_N, sequence_N, reference_N, behaviour_logp_N, entropy_N)
     with torch.cuda.device_of(logp_N):
         _policy_tokens[(rows,)](
             *(None if v is None else v.contiguous() for v in vectors), slope_N, w_N, partial,
@@ -508,7 +514,7 @@ def _policy_loss(
     old_logp_N: torch.Tensor | None,
     advantage_N: torch.Tensor,
     sequence_N: torch.Tensor,
-    ref_logp_N: torch.Tensor | None,
+    reference_N: torch.Tensor | None,
     behaviour_logp_N: torch.Tensor | None,
     entropy_N: torch.Tensor | None,
     loss: str,
@@ -533,7 +539,7 @@ def _policy_loss(
     )  # fmt: skip
     forward = forward_triton if backend == "triton" else _forward_torch
     return forward(
-        logp_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, entropy_N, config,
+        logp_N, old_logp_N, advantage_N, sequence_N, reference_N, behaviour_logp_N, entropy_N, config,
         Normaliser(tokens, sequences),
     )  # fmt: skip
 
@@ -545,7 +551,7 @@ def _(logp_N, *_):
 
 def _setup_context(ctx, inputs, output):
     _, slope_N, w_N, metrics = output
-    ctx.entropy_coef = inputs[14]
+    ctx.beta, ctx.entropy_coef = inputs[13], inputs[14]
     ctx.mark_non_differentiable(slope_N, w_N, metrics)
     ctx.save_for_backward(slope_N, w_N)
 
@@ -553,7 +559,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_loss, *_):
     slope_N, w_N = ctx.saved_tensors
     entropy = -ctx.entropy_coef * grad_loss * w_N if ctx.needs_input_grad[6] else None
-    return grad_loss * slope_N, *[None] * 5, entropy, *[None] * 15
+    # Only the public function's kl_N can need a gradient here: a reference's logprobs are detached there.
+    kl = ctx.beta * grad_loss * w_N if ctx.needs_input_grad[4] else None
+    return grad_loss * slope_N, None, None, None, kl, None, entropy, *[None] * 15
 
 
 _policy_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -569,6 +577,7 @@ def policy_loss(
     *,
     sequence_N: torch.Tensor,
     ref_logp_N: torch.Tensor | None = None,
+    kl_N: torch.Tensor | None = None,
     behaviour_logp_N: torch.Tensor | None = None,
     entropy_N: torch.Tensor | None = None,
     config: PolicyLossConfig,
@@ -582,14 +591,16 @@ def policy_loss(
     update is on-policy. Without `behaviour_logp_N` there is no importance correction. gspo expects one advantage for
     all tokens of a sequence.
 
-    Differentiable in logp_N and entropy_N; everything else is a constant. N = 0 gives a loss of 0 that has a graph.
-    Raises ValueError for shapes, dtypes or devices that do not agree, for beta without ref_logp_N, for entropy_coef
+    The reference comes as ref_logp_N, or with config.kl = "exact" as kl_N, what `linear_kl` returns.
+    Differentiable in logp_N, entropy_N and kl_N; all else is a constant. N = 0 gives a loss of 0 that has a graph.
+    Raises ValueError for shapes, dtypes or devices that do not agree, for beta without a reference, for entropy_coef
     without entropy_N, for an unknown backend, and for float64 on the Triton backend.
     """
     vectors = {
         "old_logp_N": old_logp_N,
         "advantage_N": advantage_N,
         "ref_logp_N": ref_logp_N,
+        "kl_N": kl_N,
         "behaviour_logp_N": behaviour_logp_N,
         "entropy_N": entropy_N,
     }
@@ -599,8 +610,9 @@ def policy_loss(
         raise ValueError("the Triton backend takes float32; float64 needs backend='torch'")
     if config.entropy_coef and entropy_N is None:
         raise ValueError("entropy_coef is not 0, so entropy_N is needed")
+    reference_N = kl_N if config.kl == "exact" else None if ref_logp_N is None else ref_logp_N.detach()
     loss, _, _, metrics = _policy_loss(
-        logp_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, entropy_N,
+        logp_N, old_logp_N, advantage_N, sequence_N, reference_N, behaviour_logp_N, entropy_N,
         config.loss, config.clip_low, config.clip_high, config.dual_clip, config.cispo_max, config.kl, config.beta,
         config.entropy_coef, config.tis_cap, config.tis_mode, config.tis_level, config.max_new_tokens,
         normaliser.tokens, normaliser.sequences, backend,
@@ -609,7 +621,7 @@ def policy_loss(
         loss,
         metrics,
         config,
-        kl=ref_logp_N is not None,
+        kl=reference_N is not None,
         entropy=entropy_N is not None,
         gap=behaviour_logp_N is not None,
     )
@@ -651,5 +663,8 @@ def check_inputs(
                 f"{name} must be {logp_N.dtype} {tuple(logp_N.shape)} on {logp_N.device} like logp_N, "
                 f"not {vector.dtype} {tuple(vector.shape)} on {vector.device}"
             )
-    if config.beta and vectors["ref_logp_N"] is None:
-        raise ValueError("beta is not 0, so ref_logp_N is needed")
+    reference, other = ("kl_N", "ref_logp_N") if config.kl == "exact" else ("ref_logp_N", "kl_N")
+    if config.beta and vectors[reference] is None:
+        raise ValueError(f"beta is not 0, so {reference} is needed")
+    if vectors[other] is not None:
+        raise ValueError(f"kl is {config.kl!r}, which has no use for {other}; give {reference}")
