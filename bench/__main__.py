@@ -1,13 +1,13 @@
-"""python -m bench step [--preset NAME] [any flag of train.py]"""
+"""python -m bench {step,keep-rate,...} [flags]"""
 
 from __future__ import annotations
 
 import sys
 
-from bench import step
+from bench import keep_rate, step
 from lite_mentor.errors import UserError
 
-COMMANDS = {"step": step.main}
+COMMANDS = {"step": step.main, "keep-rate": keep_rate.main}
 
 
 def main(argv: list[str]) -> int:

@@ -102,8 +102,8 @@ class Config:
     """The ratio is clipped to [1 - low, 1 + high]."""
     beta: float = 0.0
     """Weight of the KL to the reference (the student with its adapters off); 0 skips its forward."""
-    kl: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of that KL."""
+    kl: Literal["k1", "k2", "k3", "exact"] = "k3"
+    """That KL, estimated from the sampled token, or exact: over the whole vocabulary, for one GEMM of the head more."""
     entropy: float = 0.0
     """Weight of the entropy bonus."""
     tis_cap: float = 2.0

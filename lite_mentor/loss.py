@@ -65,10 +65,10 @@ def old_logprobs(student: Student, batch: Batch, config: Config) -> torch.Tensor
 
 def batch_loss(student: Student, batch: Batch, config: Config, old_logp_N: torch.Tensor | None = None) -> PolicyLossOut:
     """This row's share of the optimizer step's loss. Without `old_logp_N` the update is on-policy: every ratio is 1."""
-    ref_logp_N = None
+    ref_hidden_NH = None
     if config.beta:
         with torch.no_grad(), student.reference():
-            ref_logp_N = logprobs(student, batch, temperature=config.temperature, backend=config.kernel_backend)[0]
+            ref_hidden_NH = sampled_hidden(student, batch)
     hidden_NH = sampled_hidden(student, batch)
     device = hidden_NH.device
     return linear_policy_loss(
@@ -78,7 +78,7 @@ def batch_loss(student: Student, batch: Batch, config: Config, old_logp_N: torch
         old_logp_N=old_logp_N,
         advantage_N=batch.advantage_N.to(device),
         sequence_N=batch.sequence_N.to(device),
-        ref_logp_N=ref_logp_N,
+        ref_hidden_NH=ref_hidden_NH,
         behaviour_logp_N=batch.behaviour_logp_N.to(device),
         **_head(student, config.temperature, config.kernel_backend),
         config=loss_config(config),

@@ -69,9 +69,9 @@ def test_packed_logprobs_are_those_of_each_rollout_alone(student):
 
 
 @pytest.mark.parametrize("loss", ["dapo", "grpo", "dr_grpo", "gspo", "cispo"])
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_micro_batches_change_neither_loss_nor_gradient(student, loss, beta):
-    config = dataclasses.replace(CONFIG, loss=loss, beta=beta, entropy=0.01)
+@pytest.mark.parametrize(("beta", "kl"), [(0.0, "k3"), (0.1, "k3"), (0.1, "exact")])
+def test_micro_batches_change_neither_loss_nor_gradient(student, loss, beta, kl):
+    config = dataclasses.replace(CONFIG, loss=loss, beta=beta, kl=kl, entropy=0.01)
     whole, many = pack(episodes(), ADVANTAGES, 100), pack(episodes(), ADVANTAGES, 12)
     assert (len(whole), len(many)) == (1, 3)
     one, gradient_one = gradient(student, whole, config)
