@@ -222,11 +222,11 @@ class Launch(NamedTuple):
     stages: int
 
 
-# By bytes of an element. 128 x 128 accumulators are 64 registers a thread with 8 warps; 128 x 256 spill on every
-# architecture but sm_90. Depth and stages fit 99 KB of shared memory, the least of sm_80 to sm_120. Nothing is
-# autotuned: results must not depend on which candidate won. `python -m mentor_kernels.aot` shows what these compile to.
+# By bytes of an element. 128 x 128 accumulators are 64 registers a thread with 8 warps. The sizes are those that
+# compile without spills, into at most 99 KB of shared memory, for sm_80 to sm_120: `python -m mentor_kernels.aot` shows
+# it. Nothing is autotuned: results must not depend on which candidate won.
 STATISTICS = {
-    2: Launch(dict(BLOCK_R=128, BLOCK_H=64), warps=8, stages=3),
+    2: Launch(dict(BLOCK_R=128, BLOCK_H=32), warps=8, stages=4),
     4: Launch(dict(BLOCK_R=64, BLOCK_H=32), warps=8, stages=2),
 }
 # Two accumulators, for the policy and its reference.
@@ -234,9 +234,18 @@ STATISTICS_OF_TWO = {
     2: Launch(dict(BLOCK_R=64, BLOCK_H=64), warps=8, stages=3),
     4: Launch(dict(BLOCK_R=32, BLOCK_H=32), warps=8, stages=2),
 }
-GRADIENT = {
-    2: Launch(dict(BLOCK_R=128, BLOCK_H=128, BLOCK_V=128), warps=8, stages=2),
+JACOBIAN = {
+    2: Launch(dict(BLOCK_R=128, BLOCK_H=128, BLOCK_V=64), warps=8, stages=3),
     4: Launch(dict(BLOCK_R=64, BLOCK_H=64, BLOCK_V=32), warps=8, stages=2),
+}
+# What a loss does to p before the product takes registers: fewer columns at a time, with a softcap fewer rows.
+GRADIENT = {
+    2: Launch(dict(BLOCK_R=128, BLOCK_H=128, BLOCK_V=32), warps=8, stages=4),
+    4: Launch(dict(BLOCK_R=64, BLOCK_H=64, BLOCK_V=32), warps=8, stages=2),
+}
+GRADIENT_UNDER_SOFTCAP = {
+    2: Launch(dict(BLOCK_R=64, BLOCK_H=128, BLOCK_V=64), warps=8, stages=3),
+    4: GRADIENT[4],
 }
 FINISH = Launch(dict(BLOCK_R=16, BLOCK_T=64), warps=4, stages=1)
 
@@ -456,7 +465,9 @@ def _hidden_gradient(
     at_RV = row_R.to(tl.int64)[:, None] * e_stride + v_V[None, :]
     weight_VH = weight_ptr + v_V.to(tl.int64)[:, None] * weight_stride + h_H[None, :]
     sum_RH = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
-    total_R = tl.zeros((BLOCK_R,), tl.float32)
+    # Row sums as a product with ones, the least that tl.dot takes: tl.sum would need p in a second layout, and spill.
+    total_RO = tl.zeros((BLOCK_R, 16), tl.float32)
+    ones_VO = tl.full((BLOCK_V, 16), 1.0, weight_ptr.dtype.element_ty)
     for v in range(0, last, BLOCK_V):
         m_R = tl.load(m_ptr + (v // TILE) * R + row_R, mask=row_ok, other=0.0)
         p_RV = tl.load(e_ptr + at_RV + v, mask=row_ok[:, None], other=0.0).to(tl.float32)
@@ -480,7 +491,7 @@ def _hidden_gradient(
         w_VH = tl.load(weight_VH, mask=w_ok, other=0.0)
         rounded_RV = p_RV.to(w_VH.dtype)
         if not SOFTCAP:
-            total_R += tl.sum(rounded_RV.to(tl.float32), 1)
+            total_RO = tl.dot(rounded_RV, ones_VO, total_RO, input_precision="ieee")
         sum_RH = tl.dot(rounded_RV, w_VH, sum_RH, input_precision="ieee")
         weight_VH += BLOCK_V * weight_stride
 
@@ -496,7 +507,7 @@ def _hidden_gradient(
                 own_R += by_kl_R * tl.exp(logprob_R) * (target_d_R - level_R)
         own_R = own_R * (1 - z_R * slope_factor * z_R * slope_factor)
     else:
-        own_R = total_R * (1 / BOOST)
+        own_R = tl.max(total_RO, 1) * (1 / BOOST)
     target_ok = row_ok & (target_R >= 0) & (target_R < V)
     from_RH = weight_ptr + target_R[:, None] * weight_stride + h_H[None, :]
     target_RH = tl.load(from_RH, mask=target_ok[:, None] & h_ok[None, :], other=0.0).to(tl.float32)
@@ -585,7 +596,7 @@ def score_chunk(
 
     m_TR, s_TR, a_TR = planes(space.statistics_3TR)
     ref_m_TR, ref_s_TR, drift_TR = planes(space.divergence_3TR)
-    launch = (STATISTICS_OF_TWO if reference else STATISTICS)[max(hidden_RH.element_size(), 2)]
+    launch = (STATISTICS_OF_TWO if reference else STATISTICS)[hidden_RH.element_size()]
     soft = head.softcap is not None
     _tile_statistics[(triton.cdiv(R, launch.blocks["BLOCK_R"]) * tiles,)](
         hidden_RH, ref_hidden_RH, head.weight_VH, targets_R, m_TR, s_TR, a_TR, out.target_z_R, space.e_RV,
@@ -621,8 +632,9 @@ def gradient_chunk(
 ) -> None:
     """K3: the Jacobian of the logprobs, or with coefficients the gradient of a loss; after `score_chunk`."""
     (V, H), (R, _) = head.weight_VH.shape, out_RH.shape
-    launch = GRADIENT[max(out_RH.element_size(), 2)]
-    loss, half = by_logprob_R is not None, out_RH.dtype is torch.float16
+    loss, half, soft = by_logprob_R is not None, out_RH.dtype is torch.float16, head.softcap is not None
+    table = (GRADIENT_UNDER_SOFTCAP if soft else GRADIENT) if loss else JACOBIAN
+    launch = table[out_RH.element_size()]
     order_R = None
     if loss:
         silent_R = (by_logprob_R == 0) & (by_entropy_R == 0)
@@ -634,8 +646,8 @@ def gradient_chunk(
         rows.top_R, rows.log_total_R, order_R, by_logprob_R, by_entropy_R, by_kl_R, space.d_RV, rows.target_d_R,
         rows.level_R, out_RH,
         R, V, H, space.e_RV.stride(0), head.weight_VH.stride(0), out_RH.stride(0),
-        head.scale / head.temperature, head.temperature / head.softcap if head.softcap is not None else 1.0,
-        SOFTCAP=head.softcap is not None, LOSS=loss, EVEN_H=H % launch.blocks["BLOCK_H"] == 0, BOOST=boost,
+        head.scale / head.temperature, head.temperature / head.softcap if soft else 1.0,
+        SOFTCAP=soft, LOSS=loss, EVEN_H=H % launch.blocks["BLOCK_H"] == 0, BOOST=boost,
         TILE=STATISTICS_TILE, **launch.blocks, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
 
