@@ -227,10 +227,10 @@ class Launch(NamedTuple):
 # it. Nothing is autotuned: results must not depend on which candidate won.
 STATISTICS = {
     2: Launch(dict(BLOCK_R=128, BLOCK_H=32), warps=8, stages=4),
-    4: Launch(dict(BLOCK_R=64, BLOCK_H=32), warps=8, stages=2),
+    4: Launch(dict(BLOCK_R=64, BLOCK_H=16), warps=8, stages=2),
 }
-# Two accumulators, for the policy and its reference.
-STATISTICS_OF_TWO = {
+# For two accumulators, the policy's and its reference's; and for the tanh of a softcap.
+SMALL_STATISTICS = {
     2: Launch(dict(BLOCK_R=64, BLOCK_H=64), warps=8, stages=3),
     4: Launch(dict(BLOCK_R=32, BLOCK_H=32), warps=8, stages=2),
 }
@@ -301,7 +301,7 @@ def _tile_statistics(
     here_R = (target_R // BLOCK_V == tile) & (target_R >= 0) & (target_R < V) & (row_R < R)
     tl.store(target_z_ptr + row_R, tl.sum(tl.where(own_RV, z_RV, 0.0), 1), mask=here_R)
     at_R = tile * R + row_R
-    to_RV = row_R.to(tl.int64)[:, None] * e_stride + col_V[None, :]
+    to_RV = row_R[:, None] * e_stride + col_V[None, :]  # a chunk has fewer than 2^31 logits: _chunk_rows
     if ref_hidden_ptr is not None:
         ref_z_RV = _scaled(ref_dot_RV, inner, outer, SOFTCAP)
         d_RV = z_RV - ref_z_RV
@@ -462,7 +462,7 @@ def _hidden_gradient(
         by_entropy_R = tl.where(size_R > 0, by_entropy_R / size_R, 0.0)
         last = tl.where(tl.max(size_R, 0) == 0, 0, V)
 
-    at_RV = row_R.to(tl.int64)[:, None] * e_stride + v_V[None, :]
+    at_RV = row_R.to(tl.int32)[:, None] * e_stride + v_V[None, :]
     weight_VH = weight_ptr + v_V.to(tl.int64)[:, None] * weight_stride + h_H[None, :]
     sum_RH = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
     # Row sums as a product with ones, the least that tl.dot takes: tl.sum would need p in a second layout, and spill.
@@ -519,7 +519,10 @@ def _hidden_gradient(
 
 
 def _chunk_rows(V: int, element_size: int) -> int:
-    """Rows whose e fits WORKSPACE_BYTES, between 512 (fewer, and reading the head would bind) and 1,024."""
+    """Rows whose e fits WORKSPACE_BYTES, between 512 (fewer, and reading the head would bind) and 1,024.
+
+    So a chunk has 2^31 logits only at a vocabulary of two million, and the kernels count them in 32 bits.
+    """
     return min(max(WORKSPACE_BYTES // (V * element_size) // 128 * 128, 512), 1024)
 
 
@@ -596,8 +599,8 @@ def score_chunk(
 
     m_TR, s_TR, a_TR = planes(space.statistics_3TR)
     ref_m_TR, ref_s_TR, drift_TR = planes(space.divergence_3TR)
-    launch = (STATISTICS_OF_TWO if reference else STATISTICS)[hidden_RH.element_size()]
     soft = head.softcap is not None
+    launch = (SMALL_STATISTICS if reference or soft else STATISTICS)[hidden_RH.element_size()]
     _tile_statistics[(triton.cdiv(R, launch.blocks["BLOCK_R"]) * tiles,)](
         hidden_RH, ref_hidden_RH, head.weight_VH, targets_R, m_TR, s_TR, a_TR, out.target_z_R, space.e_RV,
         ref_m_TR, ref_s_TR, drift_TR, out.target_d_R, space.d_RV,

@@ -1,0 +1,246 @@
+"""What the kernels compile to, for five generations of GPUs, on a machine without any.
+
+    python -m mentor_kernels.aot [--arch 86 ...]
+
+Triton's compiler needs no driver: the pointers' types, the constants and the target are enough. For every kernel, in
+the variants and with the launch tables that the operators use, this prints registers, spilled bytes, shared memory and
+matrix instructions, and ends with status 1 when one breaks its budget:
+
+    spills        none: a spilled accumulator is traffic that no count of bytes shows
+    shared        what a thread block may have on that architecture
+    matrix        in float16 and bfloat16, K1 and K3 must use the tensor cores
+    float64       none: a Python float that became a double would be 32 times slower on a consumer card
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mentor_kernels.backend import interpreted
+
+# The package's attributes of these names are the operators.
+HEAD, POLICY = (sys.modules[f"mentor_kernels.{name}"] for name in ("linear_logprob", "policy_loss"))
+
+SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
+"""Shared memory of one thread block, by architecture (CUDA C Programming Guide, technical specifications)."""
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+MATRIX = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way in which an operator launches a kernel."""
+
+    name: str
+    kernel: Any
+    launch: Any
+    types: dict[str, str]
+    """Of the arguments that are passed at run time."""
+    constants: dict[str, Any]
+    matrix: bool = False
+    """Must it use the tensor cores?"""
+    registers: int | None = None
+    """The limit that the launch sets."""
+    aligned: tuple[str, ...] = field(default=())
+    """Integer arguments that are divisible by 16, as they are for every model's sizes."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a variant compiled to."""
+
+    variant: Variant
+    arch: int
+    registers: int
+    spilled: int
+    """Bytes of local memory a thread."""
+    shared: int
+    matrix: int
+    """Tensor-core instructions in the PTX."""
+    doubles: bool
+
+    def complaints(self) -> list[str]:
+        """The budgets that it breaks."""
+        wrong = {
+            f"{self.spilled} bytes spilled": self.spilled > 0,
+            f"{self.shared} bytes of shared memory, over {SHARED_BYTES[self.arch]}": self.shared
+            > SHARED_BYTES[self.arch],
+            "no tensor-core instruction": self.variant.matrix and not self.matrix,
+            "float64 arithmetic": self.doubles,
+        }
+        return [text for text, broken in wrong.items() if broken]
+
+
+def build(variant: Variant, arch: int) -> Built:
+    """Compile for one architecture, and read the machine code's resources."""
+    names = variant.kernel.arg_names
+    source = ASTSource(
+        variant.kernel,
+        {name: variant.types.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in variant.constants.items()},
+        {
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in variant.types.items()
+            if kind.startswith("*") or name in variant.aligned
+        },
+    )
+    options = dict(num_warps=variant.launch.warps, num_stages=variant.launch.stages, maxnreg=variant.registers)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    return Built(
+        variant, arch, int(found[1]), int(found[2]), built.metadata.shared, len(MATRIX.findall(built.asm["ptx"])),
+        ".f64" in built.asm["ptx"],
+    )  # fmt: skip
+
+
+# --- the variants ---------------------------------------------------------------------------------------------------
+
+
+def _arguments(kernel, types: dict[str, str], absent: tuple[str, ...] = ()) -> tuple[dict[str, str], dict[str, None]]:
+    """Types of the kernel's arguments: named ones, pointers to float32, sizes and strides; and None for absent ones."""
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    found = {}
+    for name in kernel.arg_names:
+        if name in constants or name in absent:
+            continue
+        found[name] = types.get(name) or ("*fp32" if name.endswith("_ptr") else "i32")
+    return found, dict.fromkeys(absent)
+
+
+def statistics(dtype: str, *, reference: bool, softcap: bool, store: bool) -> Variant:
+    """K1."""
+    kernel = HEAD._tile_statistics
+    launch = (HEAD.SMALL_STATISTICS if reference or softcap else HEAD.STATISTICS)[BYTES[dtype]]
+    absent = () if reference else ("ref_hidden_ptr", "ref_m_ptr", "ref_s_ptr", "drift_ptr", "target_d_ptr", "d_ptr")
+    inputs = dict.fromkeys(("hidden_ptr", "ref_hidden_ptr", "weight_ptr", "e_ptr", "d_ptr"), "*" + dtype)
+    types, none = _arguments(kernel, {**inputs, "target_ptr": "*i64", "inner": "fp32", "outer": "fp32"}, absent)
+    constants = dict(SOFTCAP=softcap, STORE=store, EVEN_H=True, BARRED=HEAD.BARRED, BLOCK_V=HEAD.STATISTICS_TILE)
+    name = " ".join(["K1", dtype, *_marks(reference=reference, softcap=softcap, store=store)])
+    return Variant(name, kernel, launch, types, {**none, **constants, **launch.blocks}, dtype != "fp32", None,
+                   ("H", "hidden_stride", "ref_hidden_stride", "weight_stride", "e_stride"))  # fmt: skip
+
+
+def gradient(dtype: str, *, loss: bool, kl: bool, softcap: bool) -> Variant:
+    """K3."""
+    kernel = HEAD._hidden_gradient
+    table = (HEAD.GRADIENT_UNDER_SOFTCAP if softcap else HEAD.GRADIENT) if loss else HEAD.JACOBIAN
+    launch = table[BYTES[dtype]]
+    of_loss, of_kl = ("order_ptr", "by_logprob_ptr", "by_entropy_ptr"), (
+        "by_kl_ptr", "d_ptr", "target_d_ptr", "level_ptr"
+    )  # fmt: skip
+    inputs = dict.fromkeys(("e_ptr", "d_ptr", "weight_ptr", "out_ptr"), "*" + dtype)
+    indices = dict.fromkeys(("target_ptr", "order_ptr"), "*i64")
+    types, none = _arguments(
+        kernel,
+        {**inputs, **indices, "factor": "fp32", "slope_factor": "fp32"},
+        (() if loss else of_loss) + (() if kl else of_kl),
+    )
+    boost = {"fp16": 2.0**12 if loss else 2.0**15}.get(dtype, 1.0)
+    constants = dict(SOFTCAP=softcap, LOSS=loss, EVEN_H=True, BOOST=boost, TILE=HEAD.STATISTICS_TILE)
+    name = " ".join(["K3", dtype, *_marks(loss=loss, kl=kl, softcap=softcap)])
+    return Variant(name, kernel, launch, types, {**none, **constants, **launch.blocks}, dtype != "fp32", None,
+                   ("H", "e_stride", "weight_stride", "out_stride"))  # fmt: skip
+
+
+def merges() -> Iterator[Variant]:
+    """K2, and its half for the reference."""
+    launch = HEAD.FINISH
+    for name, kernel in (("K2", HEAD._merge_tiles), ("K2 reference", HEAD._merge_divergence)):
+        types, _ = _arguments(kernel, {})
+        yield Variant(name, kernel, launch, types, dict(START=HEAD.START, **launch.blocks))
+
+
+def policy(loss: str, kl: str, tis: str) -> Variant:
+    """The policy loss; `kl` or `tis` empty: without."""
+    kernel = POLICY._policy_tokens
+    launch = HEAD.Launch({}, POLICY.WARPS, 3)
+    absent = (() if kl else ("ref_ptr",)) + (() if tis else ("behaviour_ptr",))
+    numbers = dict.fromkeys(("weight", "lower", "upper", "dual", "cap", "above", "beta", "entropy_coef"), "fp32")
+    types, none = _arguments(kernel, {"sequence_ptr": "*i64", **numbers}, absent)
+    by_sequence = loss in ("grpo", "gspo") or tis == "sequence"
+    constants = dict(LOSS=loss, KL=kl or "k3", TIS=tis, TOP=POLICY.EXPONENT_MAX, SEQUENCES=by_sequence,
+                     SPAN=POLICY.SPAN if by_sequence else POLICY.BLOCK, BLOCK=POLICY.BLOCK,
+                     COLUMNS=POLICY.COLUMNS)  # fmt: skip
+    name = " ".join(["policy", loss, *filter(None, (kl, tis and f"tis-{tis}"))])
+    return Variant(name, kernel, launch, types, {**none, **constants}, registers=POLICY.REGISTERS)
+
+
+def policy_sums() -> Variant:
+    """The second launch of the policy loss."""
+    kernel = POLICY._policy_sums
+    types, _ = _arguments(kernel, {"token": "fp32"})
+    constants = dict(ROWS=POLICY.SUM_ROWS, COLUMNS=POLICY.COLUMNS, METRICS=len(POLICY.METRICS))
+    return Variant("policy sums", kernel, HEAD.Launch({}, POLICY.WARPS, 3), types, constants)
+
+
+def _marks(**flags: bool) -> list[str]:
+    return [name for name, on in flags.items() if on]
+
+
+def variants() -> list[Variant]:
+    """Every variant of every kernel that the operators can launch, but for sizes that are not divisible by 16."""
+    booleans = (False, True)
+    head = [
+        *(statistics(dtype, reference=r, softcap=s, store=t)
+          for dtype in BYTES for r in booleans for s in booleans for t in booleans),
+        *merges(),
+        *(gradient(dtype, loss=loss, kl=kl, softcap=s)
+          for dtype in BYTES for loss, kl in ((False, False), (True, False), (True, True)) for s in booleans),
+    ]  # fmt: skip
+    losses = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
+    return [
+        *head,
+        *(policy(loss, kl, tis) for loss in losses for kl, tis in (("", ""), ("k3", "token"), ("k1", "sequence"))),
+        *(policy("dapo", kl, "token") for kl in ("k2", "exact")),
+        policy_sums(),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; 0 when every budget is kept, 1 when one is broken, 2 where nothing can be compiled."""
+    parser = argparse.ArgumentParser(prog="python -m mentor_kernels.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_BYTES), default=sorted(SHARED_BYTES))
+    parser.add_argument("--only", default="", help="variants whose name starts so, such as 'K3 bf16'")
+    options = parser.parse_args(argv)
+    if interpreted():
+        print("error: TRITON_INTERPRET is set, so there is nothing to compile; unset it.", file=sys.stderr)
+        return 2
+    chosen = [v for v in variants() if v.name.startswith(options.only)]
+    if not chosen:
+        print(f"error: no variant's name starts with {options.only!r}.", file=sys.stderr)
+        return 2
+    broken = 0
+    print("| kernel | sm | warps | stages | registers | spilled | shared | matrix | |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for variant in chosen:
+        for arch in options.arch:
+            built = build(variant, arch)
+            wrong = "; ".join(built.complaints())
+            broken += bool(wrong)
+            launch = variant.launch
+            print(f"| {variant.name} | {arch} | {launch.warps} | {launch.stages} | {built.registers} | {built.spilled} "
+                  f"| {built.shared} | {built.matrix} | {wrong or 'ok'} |", flush=True)  # fmt: skip
+    print(f"\n{len(chosen) * len(options.arch)} compiled, {broken} over budget; triton {triton.__version__}")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

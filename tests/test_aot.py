@@ -1,0 +1,54 @@
+"""The kernels compiled for real GPUs, on a machine without one; in a process of its own, without the interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
+def aot(*flags: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mentor_kernels.aot", *flags]
+    return subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment}, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 120])
+def test_the_kernels_that_train_keep_their_budgets(arch):
+    """bf16, and everything that has no dtype; `python -m mentor_kernels.aot` compiles all."""
+    for only in ("K1 bf16", "K2", "K3 bf16", "policy"):
+        done = aot("--arch", str(arch), "--only", only)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "0 over budget" in done.stdout
+
+
+def test_a_broken_budget_is_an_error():
+    """Tiles of 256 columns spill, and take more shared memory than a consumer card has."""
+    script = """
+import sys
+from mentor_kernels import aot
+aot.HEAD.JACOBIAN[2] = aot.HEAD.Launch(dict(BLOCK_R=128, BLOCK_H=256, BLOCK_V=128), warps=8, stages=3)
+sys.exit(aot.main(["--arch", "86", "--only", "K3 bf16"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "bytes spilled" in done.stdout
+    assert "bytes of shared memory, over 101376" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "sentence"),
+    [
+        ((), {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set, so there is nothing to compile; unset it."),
+        (("--only", "K9"), {}, "no variant's name starts with 'K9'"),
+        (("--arch", "75"), {}, "invalid choice: 75"),
+    ],
+)
+def test_what_cannot_be_compiled_is_one_sentence(flags, environment, sentence):
+    done = aot(*flags, **environment)
+    assert done.returncode == 2
+    assert sentence in done.stderr
