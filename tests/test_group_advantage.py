@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -12,8 +14,9 @@ from advantage_checks import Episode, advantage_inputs, check_advantage, random_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mentor_kernels import STANDARD_TERMS, RewardConfig, group_advantage
-from mentor_kernels.group_advantage import Advantage, Reward, _group_advantage, _popcount
+from mentor_kernels.group_advantage import Advantage, Reward, _forward_triton, _group_advantage, _popcount
 
+MODULE = sys.modules["mentor_kernels.group_advantage"]
 REWARDS, ADVANTAGES = get_args(Reward), get_args(Advantage)
 RIGHT, WRONG = Episode(), Episode(correct=0.0)
 NO_TOOLS = dict(student=frozenset(), calls=0, ok=0)
@@ -21,8 +24,18 @@ OTHER_TOOL = dict(student=frozenset({5}), calls=1, ok=1)
 ONE_OF_TWO = dict(student=frozenset({1}), calls=1, ok=1)  # F1 = 2/3; half the calls
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels run: on the GPU, or interpreted
+
+
 def score(*episodes: Episode, reward: str = "mentor", advantage: str = "grpo", words: int = 1):
-    return group_advantage(**advantage_inputs(episodes, words), config=RewardConfig(reward, advantage))
+    """What the torch backend says, and the kernels too."""
+    config = RewardConfig(reward, advantage)
+    out = group_advantage(**advantage_inputs(episodes, words), config=config)
+    kernels = group_advantage(**advantage_inputs(episodes, words, DEVICE), config=config, backend="triton")
+    for found, expected in zip(kernels[:2], out[:2], strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert torch.equal(kernels.zero_variance_G.cpu(), out.zero_variance_G)
+    return out
 
 
 # The table of the released reward, row by row.
@@ -204,7 +217,7 @@ def test_against_plain_python(reward, advantage):
     check_advantage(group_advantage, random_episodes(3, tools=130), RewardConfig(reward, advantage), words=3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     reward=st.sampled_from(REWARDS),
@@ -252,6 +265,53 @@ def test_masks_may_be_one_dimensional_and_flags_of_any_type():
     assert torch.equal(found.advantage_B, expected.advantage_B)
 
 
+triton_advantage = partial(group_advantage, backend="triton")
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@pytest.mark.parametrize("reward", REWARDS)
+def test_kernels_against_plain_python(kernel_device, reward, advantage, monkeypatch):
+    config = RewardConfig(reward, advantage)
+    check_advantage(triton_advantage, random_episodes(0), config, device=kernel_device)
+    many = random_episodes(3, groups=9, tools=130)
+    monkeypatch.setattr(MODULE, "BLOCK", 16)  # fewer than there are rollouts
+    check_advantage(triton_advantage, many, config, words=3, device=kernel_device)
+
+
+def test_kernels_are_told_the_number_of_groups(kernel_device):
+    episodes = [RIGHT, WRONG, replace(RIGHT, group=2), replace(WRONG, group=2)]
+    inputs = advantage_inputs(episodes, device=kernel_device)
+    for groups, silent in ((None, 3), (3, 3), (5, 5)):
+        out = triton_advantage(**inputs, config=RewardConfig(), groups=groups)
+        assert out.zero_variance_G.tolist() == [False, True, False, True, True][:silent]
+        assert out.advantage_B.tolist() == pytest.approx([0.5**0.5, -(0.5**0.5)] * 2, abs=1e-5)
+    if kernel_device == "cpu":
+        with pytest.raises(ValueError, match="group 2, but there are 2"):
+            triton_advantage(**inputs, config=RewardConfig(), groups=2)
+    columns = {name: inputs[name] for name in ("correct_B", "finished_B", "answered_B", "invalid_calls_B", "group_B")}
+    found = _forward_triton(
+        inputs["teacher_tools_B"], inputs["student_tools_B"], *columns.values(), None,
+        torch.zeros(3, 4, device=kernel_device), 2, RewardConfig(),
+    )  # fmt: skip
+    assert all(x[..., :2].isfinite().all() and x[..., 2:].isnan().all() for x in found[:3])
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_kernels_give_the_same_bits_again_and_in_any_order(kernel_device, advantage):
+    episodes = random_episodes(1, groups=9)
+    config = RewardConfig("flex", advantage)
+    first = triton_advantage(**advantage_inputs(episodes, device=kernel_device), config=config)
+    again = triton_advantage(**advantage_inputs(episodes, device=kernel_device), config=config)
+    assert torch.equal(first.advantage_B, again.advantage_B)
+    back = triton_advantage(**advantage_inputs(episodes[::-1], device=kernel_device), config=config)
+    torch.testing.assert_close(back.advantage_B.flip(0), first.advantage_B, rtol=1e-5, atol=1e-6)
+
+
+def test_kernels_on_no_rollouts(kernel_device):
+    out = triton_advantage(**advantage_inputs([], device=kernel_device), config=RewardConfig("flex", "gdpo"))
+    assert [x.numel() for x in (*out[:2], *out.terms.values(), out.zero_variance_G)] == [0] * 7
+
+
 def test_one_graph_under_compile():
     inputs = advantage_inputs(random_episodes(0))
     config = RewardConfig("flex", "gdpo")
@@ -263,11 +323,12 @@ def test_one_graph_under_compile():
 
 
 def test_the_operator_keeps_its_promises():
-    i = advantage_inputs(random_episodes(0, unscored=False))
+    i = advantage_inputs(random_episodes(0, unscored=False), device=DEVICE)
     calls = torch.stack([i[name].float() for name in ("calls_B", "teacher_calls_B", "ok_calls_B")])
     names = ("correct_B", "finished_B", "answered_B", "invalid_calls_B", "group_B", "process_B")
-    args = (i["teacher_tools_B"], i["student_tools_B"], *(i[n] for n in names), calls, "flex", "gdpo", 1e-6, "torch")
-    torch.library.opcheck(_group_advantage, args)
+    for groups, backend in ((None, "torch"), (6, "torch"), (6, "triton")):
+        args = (*(i[n] for n in names), calls, groups, "flex", "gdpo", 1e-6, backend)
+        torch.library.opcheck(_group_advantage, (i["teacher_tools_B"], i["student_tools_B"], *args))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,10 @@ A group teaches nothing when its rewards (gdpo: all its terms) are equal, compar
 exactly 0 and it is flagged. A rollout whose correctness is NaN could not be scored: its reward is NaN, its advantage 0,
 and it takes no part in any mean, std or comparison.
 
-Bytes: B rollouts of about 60 bytes. The point is one launch instead of some fifty, and one place for the formulas.
+Bytes: B rollouts of about 60 bytes. The point is one launch instead of some fifty, and one place for the formulas. The
+Triton backend has a program for each group, which finds its rollouts among all of them: three sweeps over B integers,
+for sums, squares and results, instead of a sort or atomics. `batch` and `gdpo` normalise over the whole step, in a
+second launch of one program.
 """
 
 from __future__ import annotations
@@ -40,8 +43,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
+import triton
+import triton.language as tl
 
-from mentor_kernels.backend import resolve_backend
+from mentor_kernels.backend import interpreted, resolve_backend
 
 Reward = Literal["mentor", "mentor_f1", "mentor_overlap", "no_align", "sparse", "strict", "flex"]
 Advantage = Literal["grpo", "dr_grpo", "batch", "gdpo"]
@@ -210,6 +215,7 @@ def _forward_torch(
     group_B: torch.Tensor,
     process_B: torch.Tensor | None,
     calls_3B: torch.Tensor,
+    groups: int,
     config: RewardConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(reward_B, advantage_B, terms_3B, zero_variance_G)."""
@@ -227,9 +233,267 @@ def _forward_torch(
         unscored_B = unscored_B | process_B.isnan()
     reward_B = torch.stack([w * term_B for w, term_B in zip(weights, gated_KB, strict=True)]).sum(0)
     reward_B = reward_B.masked_fill(unscored_B, torch.nan)
-    size = int(group_B.max()) + 1 if group_B.numel() else 0
-    advantage_B, zero_variance_G = _advantage(reward_B, gated_KB, weights, group_B, size, config)
+    advantage_B, zero_variance_G = _advantage(reward_B, gated_KB, weights, group_B, groups, config)
     return reward_B, advantage_B, terms_3B, zero_variance_G
+
+
+# --- the Triton backend --------------------------------------------------------------------------------------------
+
+# Rollouts that a program looks at together.
+BLOCK = 256
+WARPS = 4
+
+
+@triton.jit
+def _bits(words):
+    """_popcount, as float32."""
+    words = words - ((words >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
+    words = words + (words >> 8)
+    words = words + (words >> 16)
+    words = words + (words >> 32)
+    return (words & 0x7F).to(tl.float32)
+
+
+@triton.jit
+def _measured(
+    teacher_ptr, student_ptr, correct_ptr, invalid_ptr, calls_ptr, i, ok, B, WORDS: tl.constexpr, REWARD: tl.constexpr
+):
+    """correct, align and valid of rollouts i, before the gates."""
+    correct = tl.load(correct_ptr + i, mask=ok, other=0).to(tl.float32)
+    teacher_n = tl.zeros_like(correct)
+    student_n = tl.zeros_like(correct)
+    shared_n = tl.zeros_like(correct)
+    differ_n = tl.zeros_like(correct)
+    for w in tl.static_range(WORDS):
+        teacher = tl.load(teacher_ptr + i * WORDS + w, mask=ok, other=0)
+        student = tl.load(student_ptr + i * WORDS + w, mask=ok, other=0)
+        teacher_n += _bits(teacher)
+        student_n += _bits(student)
+        shared_n += _bits(teacher & student)
+        differ_n += _bits(teacher ^ student)
+    valid = (tl.load(invalid_ptr + i, mask=ok, other=0) == 0).to(tl.float32)
+    f1 = 2 * shared_n / tl.maximum(teacher_n + student_n, 1.0)
+    if REWARD == "mentor_overlap":
+        align = (shared_n > 0).to(tl.float32)
+    elif REWARD == "mentor_f1":
+        align = f1
+    elif REWARD == "flex":
+        calls = tl.load(calls_ptr + i, mask=ok, other=0.0)
+        teacher_calls = tl.load(calls_ptr + B + i, mask=ok, other=0.0)
+        ok_calls = tl.load(calls_ptr + 2 * B + i, mask=ok, other=0.0)
+        most = tl.maximum(tl.maximum(calls, teacher_calls), 1.0)
+        align = f1 * (1 - tl.abs(calls - teacher_calls) / most / 2)
+        valid = tl.where(calls > 0, ok_calls / tl.maximum(calls, 1.0), (teacher_calls == 0).to(tl.float32))
+    else:
+        align = ((student_n > 0) & (differ_n == 0)).to(tl.float32)
+    return correct, align, valid
+
+
+@triton.jit
+def _gated_terms(
+    correct, align, valid, finished_ptr, answered_ptr, process_ptr, i, ok, w_correct, w_align, w_valid,
+    ALIGNS: tl.constexpr, REWARD: tl.constexpr, NO_ANSWER: tl.constexpr, WRONG_KEEPS: tl.constexpr,
+):  # fmt: skip
+    """_gated: the three terms (`strict`: its score and nothing), and the reward."""
+    finished = tl.load(finished_ptr + i, mask=ok, other=0) != 0
+    answered = tl.load(answered_ptr + i, mask=ok, other=0) != 0
+    unscored = correct != correct
+    if REWARD == "strict":
+        score = tl.load(process_ptr + i, mask=ok, other=0.0).to(tl.float32)
+        unscored = unscored | (score != score)
+        first = tl.where(finished, tl.where(answered, score, NO_ANSWER), 0.0)
+        second = tl.zeros_like(first)
+        third = tl.zeros_like(first)
+        reward = first
+    else:
+        if not ALIGNS:
+            align = tl.zeros_like(align)
+        if REWARD == "sparse":
+            valid = tl.full(valid.shape, 1.0, tl.float32)
+        if REWARD == "mentor_overlap":
+            valid = tl.zeros_like(valid)
+        speaks = finished & answered
+        first = tl.where(speaks, correct, 0.0)
+        second = tl.where(speaks, tl.where(correct == 1, align, WRONG_KEEPS * align), 0.0)
+        third = tl.where(finished, tl.where(answered, valid, 1.0), 0.0)
+        reward = w_correct * first + w_align * second + w_valid * third
+    return first, second, third, tl.where(unscored, float("nan"), reward)
+
+
+@triton.jit
+def _group_rewards(
+    teacher_ptr, student_ptr, correct_ptr, finished_ptr, answered_ptr, invalid_ptr, group_ptr, process_ptr, calls_ptr,
+    reward_ptr, advantage_ptr, terms_ptr, silent_ptr, B, w_correct, w_align, w_valid, eps,
+    WORDS: tl.constexpr, REWARD: tl.constexpr, ADVANTAGE: tl.constexpr, ALIGNS: tl.constexpr, NO_ANSWER: tl.constexpr,
+    WRONG_KEEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One group: terms, rewards, and advantages within it. Its values are the reward; for gdpo, up to three terms."""
+    g = tl.program_id(0)
+    TERMS: tl.constexpr = ADVANTAGE == "gdpo" and REWARD != "strict"
+    count_B = tl.zeros([BLOCK], tl.float32)
+    sum1_B, sum2_B, sum3_B = count_B, count_B, count_B
+    low1_B = tl.full([BLOCK], float("inf"), tl.float32)
+    low2_B, low3_B, high1_B, high2_B, high3_B = low1_B, low1_B, -low1_B, -low1_B, -low1_B
+    for at in range(0, B, BLOCK):
+        i = at + tl.arange(0, BLOCK)
+        ok = (i < B) & (tl.load(group_ptr + i, mask=i < B, other=-1) == g)
+        correct, align, valid = _measured(
+            teacher_ptr, student_ptr, correct_ptr, invalid_ptr, calls_ptr, i, ok, B, WORDS, REWARD
+        )  # fmt: skip
+        x1, x2, x3, reward = _gated_terms(
+            correct, align, valid, finished_ptr, answered_ptr, process_ptr, i, ok, w_correct, w_align, w_valid,
+            ALIGNS, REWARD, NO_ANSWER, WRONG_KEEPS,
+        )  # fmt: skip
+        tl.store(terms_ptr + i, correct, mask=ok)
+        tl.store(terms_ptr + B + i, align, mask=ok)
+        tl.store(terms_ptr + 2 * B + i, valid, mask=ok)
+        tl.store(reward_ptr + i, reward, mask=ok)
+        counts = ok & (reward == reward)
+        count_B += counts.to(tl.float32)
+        if not TERMS:
+            x1 = reward
+        sum1_B += tl.where(counts, x1, 0.0)
+        low1_B = tl.minimum(low1_B, tl.where(counts, x1, float("inf")))
+        high1_B = tl.maximum(high1_B, tl.where(counts, x1, -float("inf")))
+        if TERMS:
+            sum2_B += tl.where(counts, x2, 0.0)
+            sum3_B += tl.where(counts, x3, 0.0)
+            low2_B = tl.minimum(low2_B, tl.where(counts, x2, float("inf")))
+            low3_B = tl.minimum(low3_B, tl.where(counts, x3, float("inf")))
+            high2_B = tl.maximum(high2_B, tl.where(counts, x2, -float("inf")))
+            high3_B = tl.maximum(high3_B, tl.where(counts, x3, -float("inf")))
+    n = tl.sum(count_B)
+    some = tl.maximum(n, 1.0)
+    mean1, mean2, mean3 = tl.sum(sum1_B) / some, tl.sum(sum2_B) / some, tl.sum(sum3_B) / some
+    flat1 = (tl.min(low1_B) == tl.max(high1_B)) | (n < 2)
+    flat2, flat3 = flat1, flat1
+    if TERMS:
+        flat2 = (tl.min(low2_B) == tl.max(high2_B)) | (n < 2)
+        flat3 = (tl.min(low3_B) == tl.max(high3_B)) | (n < 2)
+    silent = flat1 & flat2 & flat3
+    tl.store(silent_ptr + g, silent)
+
+    scale1, scale2, scale3 = 1.0, 1.0, 1.0
+    if ADVANTAGE == "grpo" or ADVANTAGE == "gdpo":
+        square1_B = tl.zeros([BLOCK], tl.float32)
+        square2_B, square3_B = square1_B, square1_B
+        for at in range(0, B, BLOCK):
+            i = at + tl.arange(0, BLOCK)
+            ok = (i < B) & (tl.load(group_ptr + i, mask=i < B, other=-1) == g)
+            correct, align, valid = _measured(
+                teacher_ptr, student_ptr, correct_ptr, invalid_ptr, calls_ptr, i, ok, B, WORDS, REWARD
+            )  # fmt: skip
+            x1, x2, x3, reward = _gated_terms(
+                correct, align, valid, finished_ptr, answered_ptr, process_ptr, i, ok, w_correct, w_align, w_valid,
+                ALIGNS, REWARD, NO_ANSWER, WRONG_KEEPS,
+            )  # fmt: skip
+            counts = ok & (reward == reward)
+            if not TERMS:
+                x1 = reward
+            square1_B += tl.where(counts, (x1 - mean1) * (x1 - mean1), 0.0)
+            square2_B += tl.where(counts, (x2 - mean2) * (x2 - mean2), 0.0)
+            square3_B += tl.where(counts, (x3 - mean3) * (x3 - mean3), 0.0)
+        freedom = tl.maximum(n - 1, 1.0)
+        scale1 = tl.where(flat1, 0.0, 1 / (tl.sqrt(tl.sum(square1_B) / freedom) + eps))
+        scale2 = tl.where(flat2, 0.0, 1 / (tl.sqrt(tl.sum(square2_B) / freedom) + eps))
+        scale3 = tl.where(flat3, 0.0, 1 / (tl.sqrt(tl.sum(square3_B) / freedom) + eps))
+    for at in range(0, B, BLOCK):
+        i = at + tl.arange(0, BLOCK)
+        ok = (i < B) & (tl.load(group_ptr + i, mask=i < B, other=-1) == g)
+        correct, align, valid = _measured(
+            teacher_ptr, student_ptr, correct_ptr, invalid_ptr, calls_ptr, i, ok, B, WORDS, REWARD
+        )  # fmt: skip
+        x1, x2, x3, reward = _gated_terms(
+            correct, align, valid, finished_ptr, answered_ptr, process_ptr, i, ok, w_correct, w_align, w_valid,
+            ALIGNS, REWARD, NO_ANSWER, WRONG_KEEPS,
+        )  # fmt: skip
+        if TERMS:
+            value = w_correct * (x1 - mean1) * scale1
+            value += w_align * (x2 - mean2) * scale2 + w_valid * (x3 - mean3) * scale3
+        else:
+            value = (reward - mean1) * scale1
+        tl.store(advantage_ptr + i, tl.where(reward == reward, tl.where(silent, 0.0, value), 0.0), mask=ok)
+
+
+@triton.jit
+def _whole_step(reward_ptr, advantage_ptr, silent_ptr, group_ptr, B, eps, OWN: tl.constexpr, BLOCK: tl.constexpr):
+    """Advantages normalised over the step: by their own mean and std (OWN, gdpo), or by the std of the rewards."""
+    count_B = tl.zeros([BLOCK], tl.float32)
+    sum_B = count_B
+    low_B = tl.full([BLOCK], float("inf"), tl.float32)
+    high_B = -low_B
+    for at in range(0, B, BLOCK):
+        i = at + tl.arange(0, BLOCK)
+        reward = tl.load(reward_ptr + i, mask=i < B, other=float("nan"))
+        x = reward
+        if OWN:
+            x = tl.load(advantage_ptr + i, mask=i < B, other=0.0)
+        counts = reward == reward
+        count_B += counts.to(tl.float32)
+        sum_B += tl.where(counts, x, 0.0)
+        low_B = tl.minimum(low_B, tl.where(counts, x, float("inf")))
+        high_B = tl.maximum(high_B, tl.where(counts, x, -float("inf")))
+    n = tl.sum(count_B)
+    mean = tl.sum(sum_B) / tl.maximum(n, 1.0)
+    square_B = tl.zeros([BLOCK], tl.float32)
+    for at in range(0, B, BLOCK):
+        i = at + tl.arange(0, BLOCK)
+        reward = tl.load(reward_ptr + i, mask=i < B, other=float("nan"))
+        x = reward
+        if OWN:
+            x = tl.load(advantage_ptr + i, mask=i < B, other=0.0)
+        square_B += tl.where(reward == reward, (x - mean) * (x - mean), 0.0)
+    std = tl.sqrt(tl.sum(square_B) / tl.maximum(n - 1, 1.0))
+    flat = (tl.min(low_B) == tl.max(high_B)) | (n < 2)
+    for at in range(0, B, BLOCK):
+        i = at + tl.arange(0, BLOCK)
+        reward = tl.load(reward_ptr + i, mask=i < B, other=float("nan"))
+        x = tl.load(advantage_ptr + i, mask=i < B, other=0.0)
+        silent = tl.load(silent_ptr + tl.load(group_ptr + i, mask=i < B, other=0), mask=i < B, other=1) != 0
+        if OWN:
+            x = tl.where(flat, 0.0, x - mean)
+        tl.store(advantage_ptr + i, tl.where(silent | (reward != reward), 0.0, x / (std + eps)), mask=i < B)
+
+
+def _forward_triton(
+    teacher_BW: torch.Tensor,
+    student_BW: torch.Tensor,
+    correct_B: torch.Tensor,
+    finished_B: torch.Tensor,
+    answered_B: torch.Tensor,
+    invalid_calls_B: torch.Tensor,
+    group_B: torch.Tensor,
+    process_B: torch.Tensor | None,
+    calls_3B: torch.Tensor,
+    groups: int,
+    config: RewardConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As _forward_torch, without a host sync. A rollout whose group is not in [0, groups) is NaN in every output."""
+    B = group_B.shape[0]
+    reward_B, advantage_B = (torch.full((B,), torch.nan, device=group_B.device) for _ in range(2))
+    terms_3B = torch.full((len(STANDARD_TERMS), B), torch.nan, device=group_B.device)
+    silent_G = torch.empty(groups, dtype=torch.bool, device=group_B.device)
+    if not groups:
+        return reward_B, advantage_B, terms_3B, silent_G
+    weights = WEIGHTS.get(config.reward, (1.0, 0.0, 0.0))
+    overlap = config.reward == "mentor_overlap"  # its third term is 0 but for an episode without an answer
+    columns = (teacher_BW, student_BW, correct_B, finished_B, answered_B, invalid_calls_B, group_B, process_B, calls_3B)
+    columns = [None if c is None else c.contiguous() for c in columns]
+    with torch.cuda.device_of(group_B):
+        _group_rewards[(groups,)](
+            *columns, reward_B, advantage_B, terms_3B, silent_G, B, weights[0], weights[1],
+            NO_ANSWER if overlap else weights[2], config.eps,
+            WORDS=teacher_BW.shape[1], REWARD=config.reward, ADVANTAGE=config.advantage, ALIGNS=weights[1] > 0,
+            NO_ANSWER=NO_ANSWER, WRONG_KEEPS=WRONG_KEEPS, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+        if config.advantage in ("batch", "gdpo"):
+            _whole_step[(1,)](
+                reward_B, advantage_B, silent_G, columns[6], B, config.eps, OWN=config.advantage == "gdpo",
+                BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
+    return reward_B, advantage_B, terms_3B, silent_G
 
 
 # --- the operator that torch.compile sees --------------------------------------------------------------------------
@@ -246,24 +510,37 @@ def _group_advantage(
     group_B: torch.Tensor,
     process_B: torch.Tensor | None,
     calls_3B: torch.Tensor,
+    groups: int | None,
     reward: str,
     advantage: str,
     eps: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if group_B.numel() and int(group_B.min()) < 0:
-        raise ValueError(f"group_B holds a negative group: {int(group_B.min())}")
-    return _forward_torch(
+    if groups is None or backend == "torch" or interpreted():
+        _check_groups(group_B, groups)
+    if groups is None:
+        groups = int(group_B.max()) + 1 if group_B.numel() else 0
+    forward = _forward_triton if backend == "triton" else _forward_torch
+    return forward(
         teacher_BW, student_BW, correct_B, finished_B, answered_B, invalid_calls_B, group_B, process_B, calls_3B,
-        RewardConfig(reward, advantage, eps),
+        groups, RewardConfig(reward, advantage, eps),
     )  # fmt: skip
 
 
+def _check_groups(group_B: torch.Tensor, groups: int | None) -> None:
+    """Not for Triton on a GPU that was told how many there are: to look would stop the CPU until the GPU is done."""
+    if group_B.numel() and int(group_B.min()) < 0:
+        raise ValueError(f"group_B holds a negative group: {int(group_B.min())}")
+    if groups is not None and group_B.numel() and int(group_B.max()) >= groups:
+        raise ValueError(f"group_B holds group {int(group_B.max())}, but there are {groups}")
+
+
 @_group_advantage.register_fake
-def _(teacher_BW, student_BW, correct_B, *_):
-    B = correct_B.shape[0]
+def _(teacher_BW, student_BW, correct_B, *rest):
+    B, groups = correct_B.shape[0], rest[6]
     row = correct_B.new_empty(B, dtype=torch.float32)
-    groups = torch.library.get_ctx().new_dynamic_size()
+    if groups is None:
+        groups = torch.library.get_ctx().new_dynamic_size()
     return (
         row,
         torch.empty_like(row),
@@ -289,6 +566,7 @@ def group_advantage(
     calls_B: torch.Tensor | None = None,
     teacher_calls_B: torch.Tensor | None = None,
     ok_calls_B: torch.Tensor | None = None,
+    groups: int | None = None,
     backend: str | None = None,
 ) -> AdvantageOut:
     """Rewards, terms and advantages of all rollouts of a step. Formulas: at the top of this file.
@@ -301,9 +579,11 @@ def group_advantage(
     process_B                          for `strict`: the trajectory score; reported as the term `process` when given
     calls_B, teacher_calls_B, ok_calls_B   for `flex`: all calls of the student, of the teacher, the student's good ones
 
+    groups                             G; None looks it up, for which a GPU has to be waited for
+
     B = 0 is fine. Nothing here has a gradient. Raises ValueError for shapes or devices that do not agree, for masks or
-    groups that are not int64, for a negative group, when `strict` or `flex` lack their inputs, and for an unknown
-    backend.
+    groups that are not int64, for a group outside [0, G) (not on a GPU that was told G: NaN there), when `strict` or
+    `flex` lack their inputs, and for an unknown backend.
     """
     columns = {
         "correct_B": correct_B,
@@ -324,7 +604,7 @@ def group_advantage(
         student_tools_B.reshape(B, -1) if B else student_tools_B.reshape(0, 1),
         correct_B, finished_B, answered_B, invalid_calls_B, group_B, process_B,
         torch.stack([zeros_B if count is None else count.float() for count in counts]),
-        config.reward, config.advantage, config.eps, resolve_backend(backend, group_B.device),
+        groups, config.reward, config.advantage, config.eps, resolve_backend(backend, group_B.device),
     )  # fmt: skip
     terms = dict(zip(STANDARD_TERMS, terms_3B.unbind(), strict=True))
     if process_B is not None:
