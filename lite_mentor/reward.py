@@ -69,6 +69,7 @@ def score(
     out = group_advantage(
         **columns,
         config=RewardConfig(reward=config.reward, advantage=config.advantage),
+        groups=max((r.group for r in rollouts), default=-1) + 1,
         backend=config.kernel_backend,
     )
     rewards, advantages = out.reward_B.tolist(), out.advantage_B.tolist()

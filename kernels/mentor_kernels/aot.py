@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -31,7 +31,9 @@ from triton.compiler import ASTSource
 from mentor_kernels.backend import interpreted
 
 # The package's attributes of these names are the operators.
-HEAD, POLICY = (sys.modules[f"mentor_kernels.{name}"] for name in ("linear_logprob", "policy_loss"))
+HEAD, POLICY, ADVANTAGE = (
+    sys.modules[f"mentor_kernels.{name}"] for name in ("linear_logprob", "policy_loss", "group_advantage")
+)
 
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 """Shared memory of one thread block, by architecture (CUDA C Programming Guide, technical specifications)."""
@@ -191,6 +193,29 @@ def policy_sums() -> Variant:
     return Variant("policy sums", kernel, HEAD.Launch({}, POLICY.WARPS, 3), types, constants)
 
 
+def advantages(reward: str, advantage: str) -> Variant:
+    """Rewards and advantages of a group."""
+    kernel = ADVANTAGE._group_rewards
+    integers = dict.fromkeys(("teacher_ptr", "student_ptr", "invalid_ptr", "group_ptr"), "*i64")
+    flags = dict.fromkeys(("finished_ptr", "answered_ptr", "silent_ptr"), "*i1")
+    numbers = dict.fromkeys(("w_correct", "w_align", "w_valid", "eps"), "fp32")
+    types, none = _arguments(kernel, {**integers, **flags, **numbers}, () if reward == "strict" else ("process_ptr",))
+    constants = dict(WORDS=1, REWARD=reward, ADVANTAGE=advantage, ALIGNS=reward not in ("no_align", "sparse", "strict"),
+                     NO_ANSWER=ADVANTAGE.NO_ANSWER, WRONG_KEEPS=ADVANTAGE.WRONG_KEEPS,
+                     BLOCK=ADVANTAGE.BLOCK)  # fmt: skip
+    launch = HEAD.Launch({}, ADVANTAGE.WARPS, 3)
+    return Variant(f"advantage {reward} {advantage}", kernel, launch, types, {**none, **constants})
+
+
+def whole_step(own: bool) -> Variant:
+    """Advantages over the whole step."""
+    kernel = ADVANTAGE._whole_step
+    types, _ = _arguments(kernel, {"silent_ptr": "*i1", "group_ptr": "*i64", "eps": "fp32"})
+    launch = HEAD.Launch({}, ADVANTAGE.WARPS, 3)
+    name = "advantage, whole step " + ("gdpo" if own else "batch")
+    return Variant(name, kernel, launch, types, dict(OWN=own, BLOCK=ADVANTAGE.BLOCK))
+
+
 def _marks(**flags: bool) -> list[str]:
     return [name for name, on in flags.items() if on]
 
@@ -211,6 +236,12 @@ def variants() -> list[Variant]:
         *(policy(loss, kl, tis) for loss in losses for kl, tis in (("", ""), ("k3", "token"), ("k1", "sequence"))),
         *(policy("dapo", kl, "token") for kl in ("k2", "exact")),
         policy_sums(),
+        *(
+            advantages(reward, advantage)
+            for reward in get_args(ADVANTAGE.Reward)
+            for advantage in ("dr_grpo", "grpo", "gdpo")
+        ),
+        *(whole_step(own) for own in booleans),
     ]
 
 
