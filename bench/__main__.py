@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from bench import keep_rate, step
+from bench import keep_rate, kernels, step
 from lite_mentor.errors import UserError
 
-COMMANDS = {"step": step.main, "keep-rate": keep_rate.main}
+COMMANDS = {"kernels": kernels.main, "step": step.main, "keep-rate": keep_rate.main}
 
 
 def main(argv: list[str]) -> int:

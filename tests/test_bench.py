@@ -44,4 +44,4 @@ def test_the_keep_rate_of_a_filter_that_drops_nothing_and_of_one_that_drops_much
 
 def test_an_unknown_bench_says_how_to_use_it(capsys):
     assert bench_main(["nope"]) == 2
-    assert "usage: python -m bench {step," in capsys.readouterr().err
+    assert "usage: python -m bench {kernels,step," in capsys.readouterr().err
