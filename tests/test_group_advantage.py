@@ -288,10 +288,17 @@ def test_kernels_are_told_the_number_of_groups(kernel_device):
     if kernel_device == "cpu":
         with pytest.raises(ValueError, match="group 2, but there are 2"):
             triton_advantage(**inputs, config=RewardConfig(), groups=2)
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@pytest.mark.parametrize("stray", [2, 2**40, -1, -(2**40)])
+def test_kernels_leave_a_group_that_they_were_not_told_of_nan(kernel_device, advantage, stray):
+    episodes = [RIGHT, WRONG, replace(RIGHT, group=stray), replace(WRONG, group=stray)]
+    inputs = advantage_inputs(episodes, device=kernel_device)
     columns = {name: inputs[name] for name in ("correct_B", "finished_B", "answered_B", "invalid_calls_B", "group_B")}
     found = _forward_triton(
         inputs["teacher_tools_B"], inputs["student_tools_B"], *columns.values(), None,
-        torch.zeros(3, 4, device=kernel_device), 2, RewardConfig(),
+        torch.zeros(3, 4, device=kernel_device), 2, RewardConfig("mentor", advantage),
     )  # fmt: skip
     assert all(x[..., :2].isfinite().all() and x[..., 2:].isnan().all() for x in found[:3])
 

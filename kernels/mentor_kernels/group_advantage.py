@@ -322,7 +322,7 @@ def _gated_terms(
     return first, second, third, tl.where(unscored, float("nan"), reward)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _group_rewards(
     teacher_ptr, student_ptr, correct_ptr, finished_ptr, answered_ptr, invalid_ptr, group_ptr, process_ptr, calls_ptr,
     reward_ptr, advantage_ptr, terms_ptr, silent_ptr, B, w_correct, w_align, w_valid, eps,
@@ -417,8 +417,10 @@ def _group_rewards(
         tl.store(advantage_ptr + i, tl.where(reward == reward, tl.where(silent, 0.0, value), 0.0), mask=ok)
 
 
-@triton.jit
-def _whole_step(reward_ptr, advantage_ptr, silent_ptr, group_ptr, B, eps, OWN: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["B", "groups"])
+def _whole_step(
+    reward_ptr, advantage_ptr, silent_ptr, group_ptr, B, groups, eps, OWN: tl.constexpr, BLOCK: tl.constexpr
+):
     """Advantages normalised over the step: by their own mean and std (OWN, gdpo), or by the std of the rewards."""
     count_B = tl.zeros([BLOCK], tl.float32)
     sum_B = count_B
@@ -451,10 +453,12 @@ def _whole_step(reward_ptr, advantage_ptr, silent_ptr, group_ptr, B, eps, OWN: t
         i = at + tl.arange(0, BLOCK)
         reward = tl.load(reward_ptr + i, mask=i < B, other=float("nan"))
         x = tl.load(advantage_ptr + i, mask=i < B, other=0.0)
-        silent = tl.load(silent_ptr + tl.load(group_ptr + i, mask=i < B, other=0), mask=i < B, other=1) != 0
+        group = tl.load(group_ptr + i, mask=i < B, other=-1)
+        ok = (group >= 0) & (group < groups)
+        silent = tl.load(silent_ptr + group, mask=ok, other=1) != 0
         if OWN:
             x = tl.where(flat, 0.0, x - mean)
-        tl.store(advantage_ptr + i, tl.where(silent | (reward != reward), 0.0, x / (std + eps)), mask=i < B)
+        tl.store(advantage_ptr + i, tl.where(silent | (reward != reward), 0.0, x / (std + eps)), mask=ok)
 
 
 def _forward_triton(
@@ -490,7 +494,7 @@ def _forward_triton(
         )  # fmt: skip
         if config.advantage in ("batch", "gdpo"):
             _whole_step[(1,)](
-                reward_B, advantage_B, silent_G, columns[6], B, config.eps, OWN=config.advantage == "gdpo",
+                reward_B, advantage_B, silent_G, columns[6], B, groups, config.eps, OWN=config.advantage == "gdpo",
                 BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
     return reward_B, advantage_B, terms_3B, silent_G
