@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from bench import all as everything
 from bench import keep_rate, kernels, step
 from lite_mentor.errors import UserError
 
-COMMANDS = {"kernels": kernels.main, "step": step.main, "keep-rate": keep_rate.main}
+COMMANDS = {"all": everything.main, "kernels": kernels.main, "step": step.main, "keep-rate": keep_rate.main}
 
 
 def main(argv: list[str]) -> int:

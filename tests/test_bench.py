@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 
 import torch
 
+from bench import all as everything
+from bench import kernels
 from bench.__main__ import main as bench_main
 from bench.keep_rate import keep_rate
 from tests.test_train import SHORT
@@ -42,6 +45,57 @@ def test_the_keep_rate_of_a_filter_that_drops_nothing_and_of_one_that_drops_much
     }  # fmt: skip
 
 
+def test_the_kernels_bench_times_what_is_right_and_lists_what_is_not(tmp_path, capsys):
+    flags = ["--shapes", "tiny", "--rows", "70", "--repeats", "1", "--peers", "none", "--device", "cpu"]
+    assert bench_main(["kernels", *flags, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert "| ours, torch |" in (tmp_path / "kernels.md").read_text()
+    assert not any("triton" in row["candidate"] for row in found["results"])
+    for mode in ("score", "train", "bonus"):
+        rows = {row["candidate"]: row for row in found["results"] if row["mode"] == mode}
+        assert rows["ours, torch"]["seconds"] > 0
+        assert rows["ours, torch"]["error"] < (1e-4 if mode == "score" else 4e-3) < rows["all logits"]["error"]
+    assert rows["F.linear_cross_entropy"]["problem"] == "gives no entropy"
+
+    inputs = kernels.make_inputs(30, 16, 300, torch.float32, "cpu")
+
+    def breaks(hidden, weight, targets):
+        raise RuntimeError("out of order")
+
+    broken = {
+        "one target later": kernels.from_head(lambda h, w, y: kernels.all_logits(h, w, (y + 1) % 300)),
+        "breaks": kernels.from_head(breaks),
+        "sound": kernels.from_head(kernels.all_logits),
+    }
+    rows = kernels.measure(inputs, "train", broken, "cpu", repeats=1)
+    assert [row.get("problem") for row in rows] == [
+        "wrong, so not timed", "failed: RuntimeError: out of order", None
+    ]  # fmt: skip
+    assert ["seconds" in row for row in rows] == [False, False, True]
+
+
+def test_all_benches_by_one_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LITE_MENTOR_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    assert bench_main(["all", "--small", "--out", str(out), "--parts", "kernels", "step"]) == 0
+    assert {p.name for p in out.iterdir()} >= {"kernels", "kernels.txt", "step.txt", "summary.md", "summary.json"}
+    assert [part["status"] for part in json.loads((out / "summary.json").read_text())["parts"]] == [0, 0]
+    assert bench_main(["all", "--out", str(out)]) == 2
+    assert "already holds files" in capsys.readouterr().err
+
+
+def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path):
+    fails = everything.Part("fails", (sys.executable, "-c", "print('why'); raise SystemExit(3)"), 60)
+    hangs = everything.Part("hangs", (sys.executable, "-c", "import time; time.sleep(60)"), 1)
+    absent = everything.Part("absent", ("/nonexistent/program",), 1)
+    found = [everything.run(part, tmp_path)["status"] for part in (fails, hangs, absent)]
+    assert found[:2] == [3, "stopped after 1 s"]
+    assert "could not start" in found[2]
+    assert (tmp_path / "fails.txt").read_text() == "why\n"
+    for cuda in (True, False):
+        assert sum(part.limit for part in everything.plan(tmp_path, cuda=cuda, small=False)) < 540
+
+
 def test_an_unknown_bench_says_how_to_use_it(capsys):
     assert bench_main(["nope"]) == 2
-    assert "usage: python -m bench {kernels,step," in capsys.readouterr().err
+    assert "usage: python -m bench {all,kernels,step," in capsys.readouterr().err
