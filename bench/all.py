@@ -49,7 +49,7 @@ def plan(out: Path, *, cuda: bool, small: bool) -> list[Part]:
         sizes = ["--shapes", "smollm2", "qwen3-0.6b", "qwen3-1.7b", "--rows", "1024", "8192"]
     if small:
         sizes = ["--shapes", "tiny", "--rows", "64", "--repeats", "2"]
-        short = "--sft-steps 3 --sft-batch 8 --prompts-per-step 4 --group-size 4 --train-size 60 --lora-rank 8".split()
+        short = ["--sft-steps", "3", "--prompts-per-step", "4", "--group-size", "4", "--train-size", "120"]
     parts = [
         Part("kernels", (python, "-m", "bench", "kernels", *sizes, "--out", str(out / "kernels")), 200),
         Part("step", (python, "-m", "bench", "step", "--preset", "tiny", "--steps", "3", *short), 100),

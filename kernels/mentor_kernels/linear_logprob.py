@@ -29,7 +29,8 @@ Bytes and FLOPs, in units of one GEMM of the head (2 N H V FLOPs): score 1, scor
 plain way (logits, log_softmax, autograd, frozen head) takes 2 and holds two or three float32 [N, V], 200 KB a row and
 copy at V = 49,152. The torch backend holds TILE_ROWS x TILE_COLUMNS logits; the vocabulary is its outer loop, so the
 head is read, and converted to float32, once a sweep. The Triton backend keeps logits in registers and stores, for a
-chunk of rows, e = exp(z - m) in the head's dtype: WORKSPACE_BYTES at most, 4 bytes of traffic a logit.
+chunk of rows, e = exp(z - m) in the head's dtype: WORKSPACE_BYTES, or 512 rows where those take more (twice that with a
+reference, linear_kl.py), and 4 bytes of traffic a logit.
 
 The Triton kernels, in the order of the data:
 
