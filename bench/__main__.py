@@ -5,10 +5,16 @@ from __future__ import annotations
 import sys
 
 from bench import all as everything
-from bench import keep_rate, kernels, step
+from bench import arms, keep_rate, kernels, step
 from lite_mentor.errors import UserError
 
-COMMANDS = {"all": everything.main, "kernels": kernels.main, "step": step.main, "keep-rate": keep_rate.main}
+COMMANDS = {
+    "all": everything.main,
+    "arms": arms.main,
+    "kernels": kernels.main,
+    "step": step.main,
+    "keep-rate": keep_rate.main,
+}
 
 
 def main(argv: list[str]) -> int:
