@@ -6,10 +6,11 @@ import json
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from bench import all as everything
-from bench import kernels
+from bench import kernels, peers
 from bench.__main__ import main as bench_main
 from bench.keep_rate import keep_rate
 from tests.test_train import SHORT
@@ -46,32 +47,69 @@ def test_the_keep_rate_of_a_filter_that_drops_nothing_and_of_one_that_drops_much
 
 
 def test_the_kernels_bench_times_what_is_right_and_lists_what_is_not(tmp_path, capsys):
-    flags = ["--shapes", "tiny", "--rows", "70", "--repeats", "1", "--peers", "none", "--device", "cpu"]
+    flags = ["--shapes", "tiny", "--rows", "70", "--repeats", "1", "--peers", "cut-cross-entropy", "--device", "cpu"]
     assert bench_main(["kernels", *flags, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "kernels.json").read_text())
     assert "| ours, torch |" in (tmp_path / "kernels.md").read_text()
     assert not any("triton" in row["candidate"] for row in found["results"])
+    assert list(found["peers"]) == ["cut-cross-entropy"]
+    assert found["dirty"] in (True, False, None)
+    for operator in ("policy", "advantage"):
+        ours, plain = (row for row in found["results"] if row["operator"] == operator)
+        assert (ours["candidate"], plain["candidate"]) == ("ours, torch", "plain torch")
+        assert ours["error"] < 1e-5
+        assert ours["seconds"] > 0
+    head = [row for row in found["results"] if row["operator"] == "head"]
     for mode in ("score", "train", "bonus"):
-        rows = {row["candidate"]: row for row in found["results"] if row["mode"] == mode}
+        rows = {row["candidate"]: row for row in head if row["mode"] == mode}
         assert rows["ours, torch"]["seconds"] > 0
         assert rows["ours, torch"]["error"] < (1e-4 if mode == "score" else 4e-3) < rows["all logits"]["error"]
     assert rows["F.linear_cross_entropy"]["problem"] == "gives no entropy"
 
+
+def test_a_wrong_candidate_and_one_that_breaks_are_named_and_not_timed():
     inputs = kernels.make_inputs(30, 16, 300, torch.float32, "cpu")
 
     def breaks(hidden, weight, targets):
         raise RuntimeError("out of order")
 
     broken = {
-        "one target later": kernels.from_head(lambda h, w, y: kernels.all_logits(h, w, (y + 1) % 300)),
-        "breaks": kernels.from_head(breaks),
-        "sound": kernels.from_head(kernels.all_logits),
+        "one target later": peers.from_head(lambda h, w, y: peers.all_logits(h, w, (y + 1) % 300)),
+        "breaks": peers.from_head(breaks),
+        "sound": peers.from_head(peers.all_logits),
     }
     rows = kernels.measure(inputs, "train", broken, "cpu", repeats=1)
     assert [row.get("problem") for row in rows] == [
         "wrong, so not timed", "failed: RuntimeError: out of order", None
     ]  # fmt: skip
     assert ["seconds" in row for row in rows] == [False, False, True]
+
+
+def test_candidates_of_every_mode_agree_with_float64():
+    inputs = kernels.make_inputs(2 * peers.CHUNK_ROWS + 3, 16, 300, torch.float32, "cpu")
+    found, _ = peers.candidates("cpu", ("none",))
+    for mode in ("score", "train", "bonus"):
+        wanted = kernels.reference(inputs, mode)
+        for name, candidate in found.items():
+            if mode == "bonus" and name == "F.linear_cross_entropy":
+                continue
+            assert kernels.error(candidate(inputs, mode), wanted, mode) < 1e-4, (name, mode)
+
+
+def test_a_stopped_run_keeps_its_finished_tables(tmp_path, monkeypatch):
+    def stops(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "head", stops)
+    flags = ["--repeats", "1", "--device", "cpu", "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        kernels.main(flags)
+    assert len(json.loads((tmp_path / "kernels.json").read_text())["results"]) == 4
+
+
+def test_a_library_without_an_adapter_is_refused(capsys):
+    assert bench_main(["kernels", "--peers", "unknown-package", "--device", "cpu"]) == 2
+    assert "--peers unknown-package" in capsys.readouterr().err
 
 
 def test_all_benches_by_one_command(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,132 @@
+"""What the benches share: a gate that wrong results do not pass, time, memory, and the tables."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], torch.Tensor]
+
+
+def compare(
+    calls: dict[str, Call],
+    error: Callable[[torch.Tensor], float],
+    limit: float,
+    floor: float,
+    device: str,
+    repeats: int,
+) -> list[dict]:
+    """One row for each candidate: its error, and if that is within `limit`, memory and the median of its turns.
+
+    Candidates take turns, so that a machine that slows down slows all of them. `floor` is the least number of seconds
+    that the hardware could take.
+    """
+    rows = {name: {"candidate": name} for name in calls}
+    for name, call in calls.items():
+        try:
+            rows[name]["error"] = error(call())
+        except NotImplementedError as reason:
+            rows[name]["problem"] = str(reason)
+        except (RuntimeError, ValueError, TypeError) as problem:  # a peer that fails must not end the others' run
+            first = (str(problem).splitlines() or [""])[0][:120]
+            rows[name]["problem"] = f"failed: {type(problem).__name__}: {first}"
+        else:
+            if not rows[name]["error"] <= limit:
+                rows[name]["problem"] = "wrong, so not timed"
+    sound = {name: call for name, call in calls.items() if "problem" not in rows[name]}
+    times: dict[str, list[float]] = {name: [] for name in sound}
+    for name, call in sound.items():
+        rows[name]["bytes"] = added_bytes(call, device)
+    for _ in range(repeats):
+        for name, call in sound.items():
+            times[name].append(seconds(call, device))
+    for name, taken in times.items():
+        middle = statistics.median(taken)
+        rows[name] |= {"seconds": middle, "fastest": min(taken), "slowest": max(taken), "of_floor": floor / middle}
+    return list(rows.values())
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """RMS."""
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """One call."""
+    if device.startswith("cuda"):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def added_bytes(run: Callable[[], object], device: str) -> int | None:
+    """The most that a call adds to the memory in use; None where the system cannot say."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # else the call would reuse what earlier ones gave back
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    except (OSError, AttributeError):  # no /proc, or a C library without malloc_trim
+        return None
+    before = _resident("VmRSS")
+    run()
+    return max(_resident("VmHWM") - before, 0)
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def copy_rate(device: str, repeats: int) -> float:
+    """Bytes read and written in a second by a copy that is larger than the caches."""
+    size = 1 << (32 if device.startswith("cuda") else 27)
+    source, out = torch.rand(2, size // 8, device=device).unbind()
+    out.copy_(source)
+    return size / min(seconds(lambda: out.copy_(source), device) for _ in range(repeats))
+
+
+def dirty() -> bool | None:
+    """Do tracked files differ from the commit? None without git."""
+    found = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return None if found.returncode else bool(found.stdout.strip())
+
+
+def table(rows: list[dict], baseline: str) -> str:
+    """Markdown; ratios are to `baseline` in the same run."""
+    lines = [
+        "| candidate | ms (fastest to slowest) | ratio | memory MiB | % of floor | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    base = next((r.get("seconds") for r in rows if r["candidate"] == baseline), None)
+    for row in rows:
+        size = f"{row['error']:.1e}" if "error" in row else ""
+        if "problem" in row:
+            lines.append(f"| {row['candidate']} | {row['problem']} | | | | {size} |")
+            continue
+        ratio = f"{row['seconds'] / base:.2f}" if base else ""
+        memory = "" if row["bytes"] is None else f"{row['bytes'] / 2**20:.0f}"
+        spread = f"{row['seconds'] * 1e3:.4g} ({row['fastest'] * 1e3:.4g} to {row['slowest'] * 1e3:.4g})"
+        lines.append(f"| {row['candidate']} | {spread} | {ratio} | {memory} | {row['of_floor']:.0%} | {size} |")
+    return "\n".join(lines)
