@@ -5,9 +5,13 @@ the engine may `resume` it with more tokens, or `release` it). Every step is ONE
 pending: a whole prompt, a tool's result, or the single token that was just sampled. So prompts enter while others
 decode, a tool's result costs only its own tokens, and earlier turns are never computed again.
 
-Sequences submitted together with the same prompt share one prefill: the first computes it, the others copy its keys
-and values. The prefix that ALL prompts have in common (the text that describes the tools) is held once, outside the
-slots: every decode step reads it once for the whole batch, and it outlives the sequences while the weights stay.
+Keys and values live in pages (paging.py). Sequences with the same prompt share one prefill and its full pages; each
+has its own last page of the prompt, on which it writes on. The prefix that ALL prompts have in common (the text that
+describes the tools) is held once, in the pool's first pages: every decode step reads it once for the whole batch, and
+it outlives the sequences while the weights stay.
+
+A sequence is admitted, in order of submission, only when the free pages cover the worst case of all that are alive
+and its own. So those that are alive always find their pages, nobody waits for one who waits, and none is dropped.
 
 Sampling is counter-based: the caller gives each sequence its own row of uniforms, and the token at position t
 is the inverse-CDF of uniform t. Batch order, batch size and scheduling cannot change what a sequence draws.
@@ -18,11 +22,12 @@ from __future__ import annotations
 import collections.abc as abc
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from lite_mentor.errors import UserError
+from lite_mentor.paging import DecodePlan, PagePool, Span
 from lite_mentor.student import Student
 
 
@@ -38,12 +43,15 @@ class Sequence:
     logp: list[float]
     turn_start: int
     """Where the turn being sampled starts in `ids`."""
-    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    """Where the keys and values of the tokens from `shared` on are, in order."""
+    most_pages: int = 0
+    """What `pages` can grow to."""
     shared: int = 0
-    """Leading tokens whose keys and values are in the engine's shared prefix and not in the slot."""
+    """Leading tokens whose keys and values are in the engine's shared prefix and not in `pages`."""
     cached: int = 0
-    """Tokens of `ids` whose keys and values are in the prefix or the slot."""
-    ended: bool = field(default=False)
+    """Tokens of `ids` whose keys and values are in the prefix or the pages."""
+    ended: bool = False
     """Did the last turn end with an end-of-turn token (and not at the length limit)?"""
 
     @property
@@ -64,6 +72,8 @@ class Sampling:
 class Engine:
     """Decodes up to `slots` sequences at once, each of up to `context` tokens; the rest wait their turn.
 
+    The pool has room for `tokens` tokens in pages of `page` (by default for all slots at their longest).
+
     `forward(ids_1T, positions_1T, plan) -> hidden_TH` runs the student's backbone with our attention plan;
     `head(hidden_RH) -> logits_RV` float32.
     """
@@ -81,22 +91,26 @@ class Engine:
         context: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        tokens: int | None = None,
+        page: int = 16,
         chunk: int = 2048,
     ):
         self.forward, self.head = forward, head
         self.eos_ids = frozenset(eos_ids)
-        self.context, self.chunk, self.device = context, chunk, torch.device(device)
-        shape = (layers, slots, context, kv_heads, head_dim)
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.free = list(range(slots))[::-1]
+        self.slots, self.context, self.chunk, self.device = slots, context, chunk, torch.device(device)
+        pages = -(-(slots * context if tokens is None else tokens) // page)
+        self.pool = PagePool(
+            layers=layers, pages=pages, page=page, kv_heads=kv_heads, head_dim=head_dim, device=device, dtype=dtype
+        )
         self.waiting: deque[Sequence] = deque()
+        self.alive: list[Sequence] = []
         self.speaking: list[Sequence] = []
         self.prefix_ids: list[int] = []
-        self.prefix_kv = self._no_prefix = (self.keys[:, 0, :0], self.values[:, 0, :0])  # [L, P, Hkv, D]
+        self.prefix_pages: list[int] = []
         self.sampling = Sampling()
 
     @classmethod
-    def of(cls, student: Student, *, slots: int, context: int) -> Engine:
+    def of(cls, student: Student, *, slots: int, context: int, tokens: int | None = None, page: int = 16) -> Engine:
         """An engine that samples from the student's rollout weights."""
         config = student.config
         heads = config.num_attention_heads
@@ -109,6 +123,8 @@ class Engine:
             eos_ids=student.eos_ids,
             slots=slots,
             context=context,
+            tokens=tokens,
+            page=page,
             device=student.device,
             dtype=student.dtype,
         )
@@ -120,14 +136,24 @@ class Engine:
 
     def weights_changed(self) -> None:
         """Forget what was computed with older weights. Only between episodes: live sequences would mix two policies."""
-        if self.busy:
+        if self.waiting or self.alive:
             raise RuntimeError("the weights changed while sequences were being sampled")
-        self.prefix_ids, self.prefix_kv = [], self._no_prefix
+        self._forget_prefix()
 
     def submit(self, ids: abc.Sequence[int], uniforms: abc.Sequence[float]) -> Sequence:
-        """Queue a prompt. Raises ValueError when prompt and limit together exceed the context."""
-        if not ids or len(ids) + len(uniforms) > self.context:
+        """Queue a prompt.
+
+        Raises ValueError when prompt and limit together exceed the context, or when there is nothing to read or to
+        say; UserError when the whole pool is too small for this sequence alone.
+        """
+        total = len(ids) + len(uniforms)
+        if not ids or not uniforms or total > self.context:
             raise ValueError(f"{len(ids)} prompt + {len(uniforms)} new tokens do not fit in {self.context}")
+        if self.pool.pages_for(total - 1) > len(self.pool.holders):
+            raise UserError(
+                f"A prompt of {len(ids)} tokens with up to {len(uniforms)} new ones does not fit in the cache of "
+                f"{len(self.pool.holders) * self.pool.page} tokens; shorten the prompt or lower --max-new-tokens."
+            )
         sequence = Sequence(len(ids), uniforms, list(ids), [False] * len(ids), [0.0] * len(ids), len(ids))
         self.waiting.append(sequence)
         return sequence
@@ -144,14 +170,24 @@ class Engine:
         self.speaking.append(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Give the sequence's slot back."""
-        self.free.append(sequence.slot)
-        sequence.slot = -1
+        """Give the sequence's pages back."""
+        self.alive.remove(sequence)
+        self.pool.drop(sequence.pages)
+        sequence.pages = []
+
+    def abandon(self) -> None:
+        """Give up every sequence, wherever it stands."""
+        self.waiting.clear()
+        self.speaking.clear()
+        for sequence in list(self.alive):
+            self.release(sequence)
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
         """Sample one token for every speaking sequence; return those whose turn ended with it (now paused)."""
         self._admit()
+        if not self.speaking:  # all that are alive are paused, and hold what those that wait need
+            return []
         rows = self._chunk_of_rows()
         hidden_RH = self._forward_rows(rows)
         row_of = {id(leader): r for r, followers in enumerate(rows) for leader in followers}
@@ -171,28 +207,56 @@ class Engine:
         return done
 
     def _admit(self) -> None:
-        """Move waiting sequences into free slots; those whose prompt starts with the shared prefix start behind it."""
-        if self.waiting and not self.speaking and len(self.free) == self.keys.shape[1]:
+        """Let waiting sequences in while there is a slot and a worst case's worth of pages for the next one."""
+        if self.waiting and not self.alive:
             self._renew_prefix()
-        while self.waiting and self.free:
+        while self.waiting and len(self.alive) < self.slots:
+            if not self._place(self.waiting[0]):
+                if self.alive:
+                    return
+                self._forget_prefix()  # in a pool this small the prefix is in the way
+                continue
             sequence = self.waiting.popleft()
-            sequence.slot = self.free.pop()
-            length = len(self.prefix_ids)
-            if len(sequence.ids) > length and sequence.ids[:length] == self.prefix_ids:
-                sequence.shared = sequence.cached = length
+            self.alive.append(sequence)
             self.speaking.append(sequence)
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Give the prompt its pages, behind the shared prefix and shared with its group; False when too few are free.
+
+        The page with the prompt's last token is never shared: the sequence computes or copies that one itself.
+        """
+        pool, length = self.pool, len(self.prefix_ids)
+        shared = length if len(sequence.ids) > length and sequence.ids[:length] == self.prefix_ids else 0
+        own = len(sequence.ids) - shared
+        sibling = next((s for s in self.alive if s.shared == shared and _prompt(s) == sequence.ids), None)
+        lent = (own - 1) // pool.page if sibling else 0
+        most = pool.pages_for(own + len(sequence.uniforms) - 1)  # the very last token is never read
+        owed = sum(s.most_pages - len(s.pages) for s in self.alive)
+        if most - lent > len(pool.free) - owed:
+            return False
+        sequence.shared = sequence.cached = shared
+        sequence.most_pages = most
+        sequence.pages = pool.share(sibling.pages[:lent]) if sibling else []
+        sequence.pages += pool.take(pool.pages_for(own) - lent)
+        if sibling and sibling.cached >= sibling.prompt_length - 1:
+            pool.copy(sibling.pages[lent], [sequence.pages[lent]])
+            sequence.cached = len(sequence.ids) - 1
+        return True
 
     def _renew_prefix(self) -> None:
         """With no sequence alive, make the prefix what all waiting prompts share, unless they share the present one."""
         shared = common_prefix([s.ids[:-1] for s in self.waiting])
         if self.prefix_ids and self.prefix_ids == shared[: len(self.prefix_ids)]:
             return
-        self.prefix_ids, self.prefix_kv = [], self._no_prefix
+        self._forget_prefix()
         if shared:
-            borrowed = Sequence(len(shared), (), shared, [], [], 0, slot=self.free[-1])
-            self._run([borrowed])
-            self.prefix_kv = tuple(cache[:, borrowed.slot, : len(shared)].clone() for cache in (self.keys, self.values))
-            self.prefix_ids = shared
+            prefix = Sequence(len(shared), (), shared, [], [], 0)
+            self._run([prefix])
+            self.prefix_ids, self.prefix_pages = shared, prefix.pages
+
+    def _forget_prefix(self) -> None:
+        self.pool.drop(self.prefix_pages)
+        self.prefix_ids, self.prefix_pages = [], []
 
     def _chunk_of_rows(self) -> list[list[Sequence]]:
         """Speaking sequences to run now, those with the same uncomputed prompt in one row, up to `chunk` tokens."""
@@ -215,111 +279,24 @@ class Engine:
         for leader, *followers in rows:
             leader.cached = len(leader.ids)
             if followers:
-                slots = torch.tensor([s.slot for s in followers], device=self.device)
-                own = leader.cached - leader.shared
-                for cache in (self.keys, self.values):
-                    cache[:, slots, :own] = cache[:, leader.slot, :own].unsqueeze(1)
+                last = (leader.cached - 1 - leader.shared) // self.pool.page
+                self.pool.copy(leader.pages[last], [s.pages[last] for s in followers])
                 for s in followers:
                     s.cached = leader.cached
         return hidden_TH[last_R]
 
     def _run(self, leaders: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
-        spans = [Span(s.slot, s.shared, s.cached, len(s.ids)) for s in leaders]
-        plan = DecodePlan(self.keys, self.values, self.prefix_kv, spans)
+        for s in leaders:
+            s.pages += self.pool.take(self.pool.pages_for(len(s.ids) - s.shared) - len(s.pages))
+        spans = [Span(s.pages, s.shared, s.cached, len(s.ids)) for s in leaders]
+        # The prefix was placed when the whole pool was free, so its pages are the first ones.
+        plan = DecodePlan(self.pool, self.pool.first(len(self.prefix_ids)), spans)
         ids_1T = torch.tensor([[i for s in leaders for i in s.ids[s.cached :]]], device=self.device)
         return self.forward(ids_1T, plan.positions_T[None], plan), plan.last_R
 
 
-class Span(NamedTuple):
-    """One row of an engine step: positions [cached, end) are new, those before `shared` live in the shared prefix."""
-
-    slot: int
-    shared: int
-    cached: int
-    end: int
-
-
-class DecodePlan:
-    """Attention of one engine step: writes new keys and values into the slots, attends over prefix and slot.
-
-    Rows with a single new token decode as one batch: their scores against the shared prefix are ONE product for the
-    whole batch, so its keys and values are read once a step instead of once a sequence. Longer rows (prompts, tool
-    results) go one by one.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, prefix_kv, spans: list[Span]):
-        device = keys.device
-        self.keys, self.values, self.prefix_kv = keys, values, prefix_kv
-        context = keys.shape[2]
-        positions = [torch.arange(s.cached, s.end) for s in spans]
-        self.positions_T = torch.cat(positions).to(device)
-        flat = [s.slot * context + p - s.shared for s, p in zip(spans, positions, strict=True)]
-        self.write_T = torch.cat(flat).to(device)
-        starts = torch.tensor([0, *(s.end - s.cached for s in spans)]).cumsum(0)
-        self.last_R = (starts[1:] - 1).to(device)
-        single = [r for r, s in enumerate(spans) if s.end - s.cached == 1]
-        self.multiple = [(int(starts[r]), s) for r, s in enumerate(spans) if s.end - s.cached > 1]
-        self.rows_B = starts[single].to(device)
-        self.slots_B = torch.tensor([spans[r].slot for r in single], device=device)
-        own = torch.tensor([spans[r].end - spans[r].shared for r in single])
-        self.longest = int(own.max()) if single else 0
-        behind_prefix = torch.tensor([spans[r].shared > 0 for r in single], dtype=torch.bool)
-        prefix = prefix_kv[0].shape[1]
-        # [B, P + S]: which of the prefix's and the slot's positions a row may see, and how far back each of them lies.
-        sees = torch.cat(
-            [behind_prefix[:, None].expand(-1, prefix), torch.arange(self.longest)[None] < own[:, None]], 1
-        )
-        last = torch.tensor([spans[r].end - 1 for r in single])[:, None]
-        first_own = torch.tensor([spans[r].shared for r in single])[:, None]
-        places = [torch.arange(prefix).expand(len(single), -1), first_own + torch.arange(self.longest)]
-        self.back_BS = (last - torch.cat(places, 1)).to(device)
-        self.sees_BS = sees.to(device)
-
-    def attend(self, layer: int, query, key, value, *, scaling: float, window: int | None = None) -> torch.Tensor:
-        """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]; a window sees that many tokens back."""
-        keys, values = self.keys[layer], self.values[layer]  # [slots, context, Hkv, D]
-        keys.flatten(0, 1)[self.write_T] = key[0].transpose(0, 1).to(keys.dtype)
-        values.flatten(0, 1)[self.write_T] = value[0].transpose(0, 1).to(values.dtype)
-        prefix_k, prefix_v = (x[layer] for x in self.prefix_kv)  # [P, Hkv, D]
-        out_THD = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-        if self.longest:
-            out_THD[self.rows_B] = self._decode(query[0], keys, values, prefix_k, prefix_v, scaling, window).to(
-                out_THD.dtype
-            )
-        for start, span in self.multiple:
-            new, own = span.end - span.cached, span.end - span.shared
-            k, v = (
-                torch.cat([prefix[: span.shared], cache[span.slot, :own]]).transpose(0, 1)[None]
-                for prefix, cache in ((prefix_k, keys), (prefix_v, values))
-            )
-            mask = torch.ones(new, span.end, dtype=torch.bool, device=query.device).tril(span.cached)
-            if window is not None:
-                mask = mask.triu(span.cached - window + 1)
-            got = F.scaled_dot_product_attention(
-                query[:, :, start : start + new], k, v, attn_mask=mask, scale=scaling, enable_gqa=True
-            )
-            out_THD[start : start + new] = got[0].transpose(0, 1)
-        return out_THD[None]
-
-    def _decode(self, query_HTD, keys, values, prefix_k, prefix_v, scaling: float, window: int | None) -> torch.Tensor:
-        """[B, Hq, D] in float32; the query heads that share a KV head are rows of one product."""
-        kv_heads, dim = keys.shape[2], keys.shape[3]
-        rows, length = len(self.rows_B), prefix_k.shape[0]
-        q = (query_HTD[:, self.rows_B].float() * scaling).unflatten(0, (kv_heads, -1))  # [Hkv, rep, B, D]
-        q_flat = q.flatten(1, 2)  # [Hkv, rep * B, D]
-        prefix_k, prefix_v = (x.float().transpose(0, 1) for x in (prefix_k, prefix_v))  # [Hkv, P, D]
-        own_k, own_v = (
-            x[self.slots_B, : self.longest].float().transpose(1, 2) for x in (keys, values)
-        )  # [B, Hkv, S, D]
-        q_rows = q.permute(2, 0, 1, 3)  # [B, Hkv, rep, D]
-        scores_prefix = (q_flat @ prefix_k.mT).unflatten(1, (-1, rows)).permute(2, 0, 1, 3)  # [B, Hkv, rep, P]
-        sees_BS = self.sees_BS if window is None else self.sees_BS & (self.back_BS < window)
-        blind_B11S = ~sees_BS[:, None, None]
-        scores = torch.cat([scores_prefix, q_rows @ own_k.mT], -1).masked_fill_(blind_B11S, float("-inf"))
-        weights = scores.softmax(-1)
-        from_prefix = weights[..., :length].permute(1, 2, 0, 3).flatten(1, 2) @ prefix_v  # [Hkv, rep * B, D]
-        out = from_prefix.unflatten(1, (-1, rows)).permute(2, 0, 1, 3) + weights[..., length:] @ own_v
-        return out.reshape(rows, -1, dim)
+def _prompt(sequence: Sequence) -> list[int]:
+    return sequence.ids[: sequence.prompt_length]
 
 
 def sample(logits_BV: torch.Tensor, uniform_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:

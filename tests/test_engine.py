@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lite_mentor.engine import Engine, Sampling, common_prefix, sample
+from lite_mentor.errors import UserError
 
 EOS, V = 9, 10
 
@@ -115,7 +118,8 @@ def test_more_sequences_than_slots_wait_and_all_finish():
             done.append(s)
     assert set(map(id, done)) == set(map(id, sequences))
     assert all(s.ids == [1, i, EOS] for i, s in enumerate(sequences))
-    assert sorted(e.free) == [0, 1]
+    e.weights_changed()
+    assert len(e.pool.free) == len(e.pool.holders)
 
 
 def test_a_small_chunk_only_delays():
@@ -178,3 +182,150 @@ def test_common_prefix():
     assert common_prefix([[1], [2]]) == []
     assert common_prefix([[], [1]]) == []
     assert common_prefix([[3, 4]]) == [3, 4]
+
+
+# --- pages -------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_holds_its_prompt_once():
+    e = engine(Scripted(dict.fromkeys(range(40), 5)), page=4, context=40)
+    group = [e.submit([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0.5] * 8) for _ in range(3)]
+    e.submit([7], [0.5] * 8)
+    e.step()
+    first, *others = group
+    # Ten tokens: two full pages, shared; the third, with two tokens on it, is each one's own.
+    assert all(s.pages[:2] == first.pages[:2] for s in others)
+    assert len({s.pages[2] for s in group}) == 3
+    assert [e.pool.holders[p] for p in first.pages] == [3, 3, 1]
+
+
+def test_a_latecomer_joins_the_pages_of_its_group():
+    model = Scripted(dict.fromkeys(range(40), 5) | {12: EOS})
+    e = engine(model, page=4, context=40, slots=2)
+    prompts = [[0, 1, 2, 3, 4, 5, 6, 7, 8]] * 3
+    sequences = [e.submit(p, [0.5] * n) for p, n in zip(prompts, (1, 8, 8), strict=True)]
+    while not sequences[0].ids[9:]:
+        done = e.step()
+    assert done == [sequences[0]]
+    e.release(sequences[0])
+    model.computed.clear()
+    e.step()
+    # The common prefix of three equal prompts is all but their last token; it alone is computed again.
+    assert model.computed == [[5, 8]]
+    run(e)
+    assert sequences[2].ids == sequences[1].ids
+
+
+def test_a_latecomer_copies_only_its_last_page():
+    model = Scripted(dict.fromkeys(range(40), 5))
+    e = engine(model, page=4, context=40, slots=2)
+    other = e.submit([9], [0.5])
+    first, late = (e.submit([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0.5] * 8) for _ in range(2))
+    e.release(*e.step())
+    assert other.ids == [9, 5]
+    model.computed.clear()
+    e.step()
+    assert model.computed == [[5, 9]]
+    assert late.pages[:2] == first.pages[:2]
+    assert late.pages[2] != first.pages[2]
+
+
+def test_a_prompt_larger_than_the_pool_is_one_sentence():
+    e = engine(Scripted({}), context=100, tokens=16, page=8)
+    with pytest.raises(UserError, match="A prompt of 12 tokens with up to 6 new ones does not fit in the cache of 16"):
+        e.submit([1] * 12, [0.5] * 6)
+    e.submit([1] * 12, [0.5] * 5)
+    run(e)
+
+
+def test_a_sequence_that_needs_the_whole_pool_pushes_the_prefix_out():
+    e = engine(Scripted(dict.fromkeys(range(100), 5)), context=100, tokens=16, page=8)
+    for prompt in ([1, 2, 3], [1, 2, 4]):
+        e.submit(prompt, [0.5])
+    for _ in range(2):  # there is no room for both at once
+        e.release(*e.step())
+    assert e.prefix_ids == [1, 2]
+    s = e.submit([1, 2, 5, *[6] * 9], [0.5] * 5)
+    run(e)
+    assert (s.ids[12:], e.prefix_ids) == ([5] * 5, [])
+
+
+def test_nothing_to_say_is_refused():
+    with pytest.raises(ValueError, match=r"1 prompt \+ 0 new"):
+        engine(Scripted({})).submit([1], [])
+
+
+def test_the_pool_guards_its_pages():
+    pool = engine(Scripted({}), tokens=32, page=16).pool
+    with pytest.raises(RuntimeError, match="3 pages wanted, 2 free"):
+        pool.take(3)
+    pages = pool.take(2)
+    assert pages == [0, 1]
+    pool.drop(pages)
+    with pytest.raises(RuntimeError, match="page 0 was dropped by one who did not hold it"):
+        pool.drop(pages)
+
+
+def random_schedule(seed: int) -> None:
+    """Submit, step, pause, resume and release at random on a small pool; then every page must be free again."""
+    choose = random.Random(seed)
+    slots, page, context = choose.randint(1, 5), choose.randint(1, 7), 24
+    tokens = choose.randint(context, slots * context + page)
+    model = Scripted({p: choose.choice([0, 0, 5, EOS]) for p in range(context)})
+    e = engine(model, slots=slots, page=page, context=context, tokens=tokens, chunk=choose.choice([3, 8, 2048]))
+    prompts = [[choose.choice((1, 2)) for _ in range(choose.randint(1, 14))] for _ in range(3)]
+    prompts.append(prompts[0] + [3] * 2)
+    coming = [(choose.choice(prompts), choose.randint(1, 8)) for _ in range(choose.randint(1, 10))]
+    paused, finished, total = [], 0, len(coming)
+    while coming or paused or e.busy:
+        while coming and choose.random() < 0.5:
+            prompt, limit = coming.pop()
+            e.submit(prompt, [choose.random() for _ in range(limit)])
+        if e.busy and (e.speaking or not paused):
+            paused += e.step()
+        while paused and choose.random() < 0.5:
+            s = paused.pop(choose.randrange(len(paused)))
+            injected = [4] * choose.randint(1, 4)
+            if s.room > len(injected) and choose.random() < 0.7:
+                e.resume(s, injected)
+            else:
+                e.release(s)
+                finished += 1
+        check_pages(e)
+        if choose.random() < 0.002:
+            e.abandon()
+            coming, paused, finished = [], [], total
+    e.weights_changed()
+    assert finished == total
+    assert sorted(e.pool.free) == list(range(len(e.pool.holders)))
+    assert not any(e.pool.holders)
+
+
+def check_pages(e: Engine) -> None:
+    """Every page has as many holders as block tables name it, and what is owed is there."""
+    held = Counter(page for s in e.alive for page in s.pages)
+    held.update(e.prefix_pages)
+    assert e.pool.holders == [held[page] for page in range(len(e.pool.holders))]
+    assert sum(s.most_pages - len(s.pages) for s in e.alive) <= len(e.pool.free)
+    assert all(held[page] == 1 for s in e.alive for page in s.pages[(s.prompt_length - 1 - s.shared) // e.pool.page :])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_no_schedule_loses_a_page_or_gets_stuck(seed):
+    random_schedule(seed)
+
+
+@pytest.mark.slow
+def test_ten_thousand_schedules_lose_no_page():
+    for seed in range(10_000):
+        random_schedule(seed)
+
+
+def test_a_step_with_nobody_to_speak_does_nothing():
+    e = engine(Scripted(dict.fromkeys(range(20), EOS)), slots=1)
+    first, second = (e.submit([i], [0.5]) for i in range(2))
+    assert e.step() == [first]
+    assert e.step() == []
+    e.release(first)
+    assert e.step() == [second]

@@ -42,7 +42,8 @@ def play(turns: list[str], results: list[str], *, closed: bool = True, group_siz
         engine, CHAT, [EXAMPLE], group_size=group_size, limits=Limits(**defaults | limits), seed=0, step=0,
         sampling=Sampling(temperature=0), run_call=lambda raw, example: run_call(raw, example.tools),
     )  # fmt: skip
-    assert len(engine.free) == 4
+    engine.weights_changed()
+    assert len(engine.pool.free) == len(engine.pool.holders)
     return rollouts
 
 
