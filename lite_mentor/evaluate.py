@@ -20,12 +20,12 @@ from lite_mentor.config import Config, load
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
 from lite_mentor.judge import is_correct
-from lite_mentor.prompt import Chat
-from lite_mentor.rollout import Limits, RunCall, roll_out
+from lite_mentor.prompt import Chat, parse_turn
+from lite_mentor.rollout import Limits, RunCall, messages_of, roll_out
 from lite_mentor.sandbox import Sandbox
 from lite_mentor.statistics import paired_bootstrap, tool_statistics, wilson
 from lite_mentor.student import load_student
-from lite_mentor.tasks import load_suite, load_task
+from lite_mentor.tasks import bfcl, load_suite, load_task
 from lite_mentor.tools import run_call
 from lite_mentor.types import Example, Rollout
 
@@ -50,15 +50,16 @@ def evaluate(
 ) -> tuple[dict, list[Rollout]]:
     """One greedy rollout of each example -> the row of eval.jsonl (without its step and name), and the rollouts.
 
-    An episode that was cut off, or that has no answer, is wrong; nothing is left out of the count.
+    An episode that was cut off, or that has no answer, is wrong; nothing is left out of the count. BFCL asks for one
+    turn and judges its calls, as the leaderboard does.
     """
+    if any(e.suite in bfcl.SUITES for e in examples):
+        limits = replace(limits, max_turns=1)
     greedy = Sampling(temperature=0.0)
     rollouts = roll_out(
         engine, chat, examples, group_size=1, limits=limits, sampling=greedy, seed=0, step=-1, run_call=run_call
     )
-    correct = [
-        r.finished and is_correct(r.answer, e.answer, e.checker) for r, e in zip(rollouts, examples, strict=True)
-    ]
+    correct = [_is_right(chat, r, e) for r, e in zip(rollouts, examples, strict=True)]
     result = {
         "n": len(examples),
         "keys": [e.key for e in examples],
@@ -77,6 +78,14 @@ def compare(before: dict, after: dict) -> tuple[float, float, float]:
     return paired_bootstrap(before["correct"], after["correct"])
 
 
+def _is_right(chat: Chat, rollout: Rollout, example: Example) -> bool:
+    if example.suite in bfcl.SUITES:
+        # The leaderboard reads a text that was cut off like any other: whole calls in it count.
+        turn = parse_turn("".join(m["content"] for m in messages_of(chat, rollout) if m["role"] == "assistant"))
+        return bfcl.passes(example, [run_call(raw, example.tools) for raw in turn.calls])
+    return rollout.finished and is_correct(rollout.answer, example.answer, example.checker)
+
+
 def _gold_tools(examples: Sequence[Example]) -> Counter[str]:
     """How often the examples' own solutions call each tool."""
     return Counter(step["tool"] for e in examples for step in e.meta.get("steps", ()))
@@ -89,7 +98,7 @@ class Options:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     suites: tuple[str, ...] = ("validation",)
-    """validation, test, or any built-in suite."""
+    """validation, test, any built-in suite, or a category of BFCL such as bfcl_live_simple (needs bfcl-eval)."""
     size: int = 200
     """Examples of `validation`; every other suite uses half as many."""
     adapters: tuple[str, ...] = ("cold_start", "adapter")

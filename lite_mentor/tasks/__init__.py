@@ -27,6 +27,7 @@ from lite_mentor.types import Example, ToolSpec
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 SUITES = ("math", "tiny", "ood_tools", "ood_lookup", "gsm_symbolic")
+"""Generated here, in all splits. The benchmarks `bfcl_CATEGORY` (see bfcl.py) are beside them, for testing only."""
 
 
 def load_suite(name: str, *, split: Split, size: int, seed: int, levels: Sequence[int] | None = None) -> list[Example]:
@@ -35,8 +36,12 @@ def load_suite(name: str, *, split: Split, size: int, seed: int, levels: Sequenc
     `levels` keeps to these difficulties; those that the suite does not have are ignored, None means all.
     Raises UserError for an unknown name or split, when no level is left, and when the suite has fewer examples.
     """
+    if name.startswith("bfcl_"):
+        from lite_mentor.tasks import bfcl
+
+        return bfcl.generate(name, split=split, size=size, seed=seed)
     if name not in SUITES:
-        raise UserError(f"There is no task suite {name!r}; the suites are {', '.join(SUITES)}.")
+        raise UserError(f"There is no task suite {name!r}; the suites are {', '.join(SUITES)} and bfcl_CATEGORY.")
     if split not in SPLITS:
         raise UserError(f"There is no split {split!r} of {name}; the splits are {', '.join(SPLITS)}.")
     module = importlib.import_module(f"lite_mentor.tasks.{name}")
