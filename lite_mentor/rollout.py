@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc as abc
 import hashlib
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,14 @@ from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.types import Example, Rollout, StopReason, ToolCall
 
 RunCall = abc.Callable[[str, Example], ToolCall]
-"""The text of one call, and the example whose tools it may use -> the call with its result."""
+"""The text of one call, and the example whose tools it may use -> the call with its result.
+
+Called from several threads at once for examples with tools that live elsewhere (`ToolSpec.path`), but never for two
+calls of one episode.
+"""
+
+TOOL_THREADS = 4
+"""Episodes whose calls run at the same time, beside the decoding of the others."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class _Episode:
     sequence: Sequence
     calls: list[ToolCall]
     turns: int = 0
+    stop: StopReason | None = None
 
 
 def roll_out(
@@ -53,9 +62,24 @@ def roll_out(
 ) -> list[Rollout]:
     """`group_size` episodes of each example, ordered by example and index.
 
-    Equal (seed, step, example, index) draw equal noise, whatever else runs beside them.
+    Equal (seed, step, example, index) draw equal noise, whatever else runs beside them. Calls of tools that live
+    elsewhere run in threads while the other episodes decode; when they finish decides who decodes beside whom, which
+    the logits feel in their last bits only. Calls of our own tools run at once, so that such a run repeats bitwise.
+    What a call raises ends all of it.
     """
     engine.sampling = sampling
+    with ThreadPoolExecutor(TOOL_THREADS) as threads:
+        try:
+            episodes = _submit(engine, chat, examples, group_size, limits, seed, step)
+            _play(engine, chat, episodes, limits, run_call, threads)
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            engine.abandon()
+            raise
+    return [_finish(chat, episode) for episode in episodes]
+
+
+def _submit(engine, chat, examples, group_size: int, limits: Limits, seed: int, step: int) -> list[_Episode]:
     episodes = []
     for group, example in enumerate(examples):
         ids = chat.prompt_ids(example)
@@ -67,36 +91,57 @@ def roll_out(
         for index in range(group_size):
             uniforms = noise(seed, step, example.key, index, limits.max_new_tokens)
             episodes.append(_Episode(example, group, index, engine.submit(ids, uniforms), []))
+    return episodes
+
+
+def _play(engine, chat, episodes: list[_Episode], limits: Limits, run_call: RunCall, threads) -> None:
+    """Decode and call until every episode has its `stop`."""
     by_sequence = {id(e.sequence): e for e in episodes}
-    done: dict[int, Rollout] = {}
-    while engine.busy:
-        for sequence in engine.step():
+    calling: dict[Future[list[ToolCall]], _Episode] = {}
+    while engine.busy or calling:
+        for sequence in engine.step() if engine.busy else ():
             episode = by_sequence[id(sequence)]
-            stop = _next_turn(engine, chat, episode, limits, run_call)
-            if stop is not None:
+            calls = _read_turn(chat, episode)
+            if not calls:
                 engine.release(sequence)
-                done[id(episode)] = _finish(chat, episode, stop)
-    return [done[id(e)] for e in episodes]
+            elif any(tool.path for tool in episode.example.tools):
+                calling[threads.submit(_run_all, run_call, calls, episode.example)] = episode
+            else:
+                _after_calls(engine, chat, episode, _run_all(run_call, calls, episode.example), limits)
+        # Decoding goes on with whoever can; only when nobody can is there something to wait for.
+        ready = wait(calling, timeout=0 if engine.speaking else None, return_when=FIRST_COMPLETED).done
+        for future in ready:
+            _after_calls(engine, chat, calling.pop(future), future.result(), limits)
 
 
-def _next_turn(engine: Engine, chat: Chat, episode: _Episode, limits: Limits, run_call: RunCall) -> StopReason | None:
-    """Read the turn that just ended; run its calls and go on, or say why the episode is over."""
-    sequence = episode.sequence
+def _run_all(run_call: RunCall, calls: list[str], example: Example) -> list[ToolCall]:
+    return [run_call(raw, example) for raw in calls]
+
+
+def _read_turn(chat: Chat, episode: _Episode) -> list[str]:
+    """The calls of the turn that just ended; without any, the episode is over and says why."""
     episode.turns += 1
-    if not sequence.ended:
-        return "max_tokens"
-    turn = parse_turn(_turn_text(chat, sequence))
+    if not episode.sequence.ended:
+        episode.stop = "max_tokens"
+        return []
+    turn = parse_turn(_turn_text(chat, episode.sequence))
     if not turn.calls:
-        return "eos" if boxed(turn.text) is None else "answer"
-    results = [run_call(raw, episode.example) for raw in turn.calls]
+        episode.stop = "eos" if boxed(turn.text) is None else "answer"
+    return turn.calls
+
+
+def _after_calls(engine: Engine, chat: Chat, episode: _Episode, results: list[ToolCall], limits: Limits) -> None:
+    """Let the student read the results and speak again, or end the episode."""
     episode.calls += results
-    if episode.turns == limits.max_turns:
-        return "max_turns"
     suffix = chat.result_ids([call.result for call in results])
-    if len(suffix) >= sequence.room:
-        return "context_full"
-    engine.resume(sequence, suffix)
-    return None
+    if episode.turns == limits.max_turns:
+        episode.stop = "max_turns"
+    elif len(suffix) >= episode.sequence.room:
+        episode.stop = "context_full"
+    else:
+        engine.resume(episode.sequence, suffix)
+        return
+    engine.release(episode.sequence)
 
 
 def _turn_text(chat: Chat, sequence: Sequence) -> str:
@@ -105,8 +150,8 @@ def _turn_text(chat: Chat, sequence: Sequence) -> str:
     return chat.decode(sequence.ids[sequence.turn_start : end])
 
 
-def _finish(chat: Chat, episode: _Episode, stop: StopReason) -> Rollout:
-    sequence = episode.sequence
+def _finish(chat: Chat, episode: _Episode) -> Rollout:
+    sequence, stop = episode.sequence, episode.stop
     answer = boxed(_turn_text(chat, sequence)) if stop == "answer" else None
     return Rollout(
         example_key=episode.example.key,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,3 +129,66 @@ def test_a_group_keeps_its_order():
 def test_a_prompt_over_the_limit_is_one_sentence():
     with pytest.raises(UserError, match=r"has \d+ tokens; the limit is 10. Raise --max-prompt-tokens"):
         play([""], [], max_prompt_tokens=10)
+
+
+def side_by_side(run_call_of):
+    """Two episodes of one group, each of which calls once and then answers; `run_call_of(engine)` runs the calls."""
+    script = [*PROMPT, *CHAT.turn_ids(ADD, END), *CHAT.result_ids(["5"]), *CHAT.turn_ids("\\boxed{5}", END)]
+    script += [ord("~")] * 400
+
+    def forward(ids_1T, positions_1T, plan):
+        return F.one_hot(torch.tensor([script[p + 1] for p in positions_1T[0].tolist()]), 512).float()
+
+    elsewhere = replace(EXAMPLE, tools=tuple(replace(t, function=None, path=f"far:{t.name}") for t in EXAMPLE.tools))
+    engine = Engine(
+        forward, lambda h: h * 100, layers=1, kv_heads=1, head_dim=1, eos_ids=[END], slots=2, context=len(PROMPT) + 200
+    )
+    try:
+        return roll_out(
+            engine, CHAT, [elsewhere], group_size=2, limits=Limits(3, 150, 300), seed=0, step=0,
+            sampling=Sampling(temperature=0), run_call=run_call_of(engine),
+        )  # fmt: skip
+    finally:
+        engine.weights_changed()
+        assert len(engine.pool.free) == len(engine.pool.holders)
+
+
+def test_a_slow_tool_delays_only_its_own_sequence():
+    """The first call to come ends only after the other episode has: if calls held up decoding, it never would."""
+    others_end, lock, order = threading.Event(), threading.Lock(), []
+
+    def run_call_of(engine):
+        release = engine.release
+
+        def released(sequence):
+            release(sequence)
+            others_end.set()
+
+        engine.release = released
+
+        def run(raw, example):
+            with lock:
+                order.append(None)
+                slow = len(order) == 1
+            assert not slow or others_end.wait(60)
+            return run_call(raw, example.tools, run_path=lambda path, arguments: ("ok", "5"))
+
+        return run
+
+    rollouts = side_by_side(run_call_of)
+    assert [(r.index, r.stop, r.answer, r.turns, len(r.calls)) for r in rollouts] == [
+        (0, "answer", "5", 2, 1),
+        (1, "answer", "5", 2, 1),
+    ]
+    assert rollouts[0].ids.tolist() == rollouts[1].ids.tolist()
+
+
+def test_what_a_call_raises_ends_the_rollout_and_gives_the_pages_back():
+    def run_call_of(engine):
+        def run(raw, example):
+            raise UserError("The tool cannot be loaded.")
+
+        return run
+
+    with pytest.raises(UserError, match="cannot be loaded"):
+        side_by_side(run_call_of)
