@@ -8,9 +8,16 @@ import json
 import sys
 
 import pytest
+import torch
+import torch.nn.functional as F
 
+from lite_mentor.engine import Engine
 from lite_mentor.errors import UserError
+from lite_mentor.evaluate import evaluate
+from lite_mentor.prompt import Chat
+from lite_mentor.rollout import Limits
 from lite_mentor.tasks import bfcl, load_suite
+from lite_mentor.tiny import tiny_tokenizer
 from lite_mentor.tools import render_call, run_call
 from lite_mentor.types import Example, ToolCall
 
@@ -28,6 +35,8 @@ UNPASSABLE = {
 """Entries of the published data that no call at all can pass."""
 ASKING = [suite for suite in bfcl.SUITES if not suite.endswith("irrelevance")]
 
+CHAT = Chat(tiny_tokenizer())
+END = 257
 installed = pytest.mark.skipif(importlib.util.find_spec("bfcl_eval") is None, reason="needs bfcl-eval")
 
 
@@ -140,3 +149,36 @@ def test_it_is_not_trained_on_and_unknown_categories_are_refused():
         load_suite("bfcl_multiple", split="train", size=1, seed=0)
     with pytest.raises(UserError, match="There is no suite 'bfcl_java'"):
         load_suite("bfcl_java", split="test", size=1, seed=0)
+
+
+def evaluated(example: Example, text: str, *, closed: bool = True) -> int:
+    """Is a student right who says exactly `text`, through our engine and `evaluate`?"""
+    prompt = CHAT.prompt_ids(example)
+    script = [*prompt, *CHAT.turn_ids(text, END)[: None if closed else -1], *[ord("~")] * 400]
+
+    def forward(ids_1T, positions_1T, plan):
+        return F.one_hot(torch.tensor([script[p + 1] for p in positions_1T[0].tolist()]), 512).float()
+
+    engine = Engine(
+        forward, lambda h: h * 100, layers=1, kv_heads=1, head_dim=1, eos_ids=[END], slots=1, context=len(prompt) + 400
+    )
+    result, _ = evaluate(
+        engine, CHAT, [example], limits=Limits(max_turns=4, max_new_tokens=390, max_prompt_tokens=len(prompt)),
+        run_call=lambda raw, example: run_call(raw, example.tools),
+    )  # fmt: skip
+    return result["correct"][0]
+
+
+def said(example: Example) -> str:
+    calls = [render_call(step["tool"], step["arguments"]) for step in example.meta["steps"]]
+    return "".join(f"<tool_call>{call}</tool_call>" for call in calls)
+
+
+@installed
+@pytest.mark.parametrize("suite", ["bfcl_simple_python", "bfcl_live_parallel", "bfcl_live_irrelevance"])
+def test_the_engine_and_evaluate_count_the_same(suite):
+    example = next(e for e in load_suite(suite, split="test", size=50, seed=0) if len(said(e)) < 350)
+    assert evaluated(example, said(example)) == 1
+    assert evaluated(example, said(example), closed=False) == 1
+    assert evaluated(example, said(example) + '<tool_call>{"name": "other", "arguments": {}}</tool_call>') == 0
+    assert evaluated(example, "\\boxed{1}") == int(suite == "bfcl_live_irrelevance")
