@@ -6,7 +6,10 @@ files and its exit status land in DIR, and DIR/summary.md says how each ended.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,16 +66,27 @@ def plan(out: Path, *, cuda: bool, small: bool) -> list[Part]:
 def run(part: Part, out: Path) -> dict[str, object]:
     """Run one part; its output goes to DIR/NAME.txt."""
     begin = time.monotonic()
+    status: int | str
     with open(out / f"{part.name}.txt", "wb") as file:
         try:
-            status: int | str = subprocess.run(
-                part.command, stdout=file, stderr=subprocess.STDOUT, timeout=part.limit, check=False
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = f"stopped after {part.limit} s"
+            process = subprocess.Popen(part.command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         except OSError as error:
             status = f"could not start: {error}"
+        else:
+            try:
+                status = process.wait(part.limit)
+            except subprocess.TimeoutExpired:
+                status = f"stopped after {part.limit} s"
+            finally:
+                _stop(process)
     return {"part": part.name, "status": status, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """End it and all that it started: what lives on would hold memory of the GPU."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def main(argv: list[str]) -> None:

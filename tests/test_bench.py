@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -122,9 +124,19 @@ def test_all_benches_by_one_command(tmp_path, capsys, monkeypatch):
     assert "already holds files" in capsys.readouterr().err
 
 
+LEAVES = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
+"""A part that ends before a process that it started."""
+
+
 def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path):
     fails = everything.Part("fails", (sys.executable, "-c", "print('why'); raise SystemExit(3)"), 60)
     hangs = everything.Part("hangs", (sys.executable, "-c", "import time; time.sleep(60)"), 1)
+    leaves = everything.Part("leaves", (sys.executable, "-c", LEAVES), 60)
+    assert everything.run(leaves, tmp_path)["status"] == 0
+    left = f"/proc/{(tmp_path / 'leaves.txt').read_text().strip()}/exe"
+    limit = time.monotonic() + 30  # of the 60 that it would live: a kill takes its time
+    while os.path.exists(left):
+        assert time.monotonic() < limit
     absent = everything.Part("absent", ("/nonexistent/program",), 1)
     found = [everything.run(part, tmp_path)["status"] for part in (fails, hangs, absent)]
     assert found[:2] == [3, "stopped after 1 s"]
