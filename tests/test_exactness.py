@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.rollout import noise
 from lite_mentor.student import load_student
+from lite_mentor.tiny import tiny_student
+from tests.test_attention import MODELS
 
 RESULT = [300, 301, 302]
 
@@ -40,8 +43,8 @@ def prompts(student) -> list[list[int]]:
     return [*[shared + tail for tail in tails], shared + tails[1], other]
 
 
-def generate(student, prompts, *, sampling, slots=8, chunk=2048, turns=2, order=None) -> list:
-    engine = Engine.of(student, slots=slots, context=64)
+def generate(student, prompts, *, sampling, slots=8, chunk=2048, turns=2, order=None, page=16) -> list:
+    engine = Engine.of(student, slots=slots, context=64, page=page)
     engine.chunk, engine.sampling = chunk, sampling
     engine.eos_ids = frozenset()  # a random model does not know when to stop; turns end by our count instead
     order = order or range(len(prompts))
@@ -85,7 +88,14 @@ def test_sampled_logprobs_are_those_of_a_plain_forward_at_the_temperature(studen
 
 @pytest.mark.parametrize(
     "schedule",
-    [dict(slots=2), dict(chunk=5), dict(order=[5, 3, 1, 0, 2, 4]), dict(slots=1, order=[4, 5, 0, 1, 3, 2])],
+    [
+        dict(slots=2),
+        dict(chunk=5),
+        dict(page=1),
+        dict(page=5),
+        dict(order=[5, 3, 1, 0, 2, 4]),
+        dict(slots=1, order=[4, 5, 0, 1, 3, 2]),
+    ],
     ids=str,
 )
 def test_the_schedule_cannot_change_what_is_drawn(student, schedule):
@@ -107,3 +117,39 @@ def test_noise_depends_on_every_argument_and_on_nothing_else():
     assert all(0 <= u < 1 for u in base)
     others = [noise(0, 2, "a", 3, 4), noise(1, 0, "a", 3, 4), noise(1, 2, "b", 3, 4), noise(1, 2, "a", 0, 4)]
     assert all(base != other for other in others)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma3_text"])
+def family(request, tmp_path_factory):
+    """A random student of each family; Gemma's window of 8 is shorter than every prompt but one."""
+    options = MODELS[request.param]
+    folder = tiny_student(
+        tmp_path_factory.mktemp(request.param),
+        architecture=request.param,
+        hidden_size=64,
+        num_hidden_layers=3,
+        **options,
+    )
+    student = load_student(str(folder), quant="none", dtype="fp32", lora_rank=4)
+    student.refresh_rollout_weights()
+    return student
+
+
+def hf_generate(student, ids: list[int], count: int) -> list[int]:
+    """Greedy, by transformers' own generate on one sequence, with its own cache and attention."""
+    how = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    student.base.set_attn_implementation("eager")
+    out = student.base.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), generation_config=how
+    )
+    student.base.set_attn_implementation("lite_mentor")
+    return out[0].tolist()
+
+
+@pytest.mark.parametrize("page", [1, 3, 16])
+def test_greedy_multi_turn_equals_hf_generate(family, page):
+    for prompt, s in zip(
+        prompts(family), generate(family, prompts(family), sampling=Sampling(temperature=0), page=page), strict=True
+    ):
+        first = hf_generate(family, prompt, 2)
+        assert s.ids == hf_generate(family, first + RESULT, 3)
