@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 
 from bench import all as everything
-from bench import arms, keep_rate, kernels, step
+from bench import arms, keep_rate, kernels, rollout, step
 from lite_mentor.errors import UserError
 
 COMMANDS = {
     "all": everything.main,
     "arms": arms.main,
     "kernels": kernels.main,
+    "rollout": rollout.main,
     "step": step.main,
     "keep-rate": keep_rate.main,
 }
