@@ -54,12 +54,15 @@ def plan(out: Path, *, cuda: bool, small: bool) -> list[Part]:
         sizes = ["--shapes", "tiny", "--rows", "64", "--repeats", "2"]
         short = ["--sft-steps", "3", "--prompts-per-step", "4", "--group-size", "4", "--train-size", "120"]
     parts = [
-        Part("kernels", (python, "-m", "bench", "kernels", *sizes, "--out", str(out / "kernels")), 200),
-        Part("step", (python, "-m", "bench", "step", "--preset", "tiny", "--steps", "3", *short), 100),
+        Part("kernels", (python, "-m", "bench", "kernels", *sizes, "--out", str(out / "kernels")), 190),
+        Part("step", (python, "-m", "bench", "step", "--preset", "tiny", "--steps", "3", *short), 90),
     ]
+    if not small:
+        dtype = "bf16" if cuda else "fp32"
+        parts.append(Part("rollout", (python, "-m", "bench", "rollout", "--dtype", dtype), 60))
     if cuda:
-        tests = Part("gpu-tests", (python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"), 180)
-        parts = [tests, *parts, Part("caps", (python, "train.py", "--check", "--preset", "8gb"), 50)]
+        tests = Part("gpu-tests", (python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"), 150)
+        parts = [tests, *parts, Part("caps", (python, "train.py", "--check", "--preset", "8gb"), 45)]
     return parts
 
 
