@@ -101,6 +101,8 @@ class Options:
     """validation, test, any built-in suite, or a category of BFCL such as bfcl_live_simple (needs bfcl-eval)."""
     size: int = 200
     """Examples of `validation`; every other suite uses half as many."""
+    max_prompt_tokens: int = 0
+    """Longest prompt; 0 takes the run's. BFCL's many tools need about 2,000."""
     adapters: tuple[str, ...] = ("cold_start", "adapter")
     """Folders with PEFT adapters, within the run or anywhere; each is compared with the first. `none` is the base."""
 
@@ -110,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="python -m lite_mentor.evaluate")
     try:
         config = replace(load(str(options.run / "config.json")), eval_suites=options.suites, eval_size=options.size)
+        if options.max_prompt_tokens:
+            config = replace(config, max_prompt_tokens=options.max_prompt_tokens)
         student = load_student(
             config.student, quant=config.quant, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
             device=config.device, dtype=config.dtype,
