@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -279,6 +280,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._cuda = torch.device(device).type == "cuda"
+        self._lock = threading.Lock()
         self._seconds: dict[str, float] = {}
         self._start = time.perf_counter()
 
@@ -291,10 +293,11 @@ class Stopwatch:
         finally:
             if self._cuda:
                 torch.cuda.synchronize()
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            with self._lock:  # tools run in threads
+                self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, with its calls timed as the stage `name`."""
+        """`function`, with its calls timed as the stage `name`; of calls side by side, the sum."""
 
         def call(*args, **kwargs):
             with self.stage(name):
