@@ -47,9 +47,9 @@ NOTE = (
 
 def main(argv: list[str]) -> None:
     """Run what is missing in --out, then write table.md, arms.json and curves.html there."""
-    arms, argv = _take(argv, "--arms", ARMS)
-    seeds, argv = _take(argv, "--seeds", ("0",))
-    config = parse(argv)
+    arms, rest = _take(argv, "--arms", ARMS)
+    seeds, rest = _take(rest, "--seeds", ("0",))
+    config = parse(rest)
     unknown = set(arms) - set(ARMS)
     if unknown:
         raise UserError(f"--arms {' '.join(sorted(unknown))}: there is no such arm; choose from {' '.join(ARMS)}.")
