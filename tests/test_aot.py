@@ -17,13 +17,14 @@ def aot(*flags: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 86, 89, 90, 120])
+@pytest.mark.parametrize("arch", [86, 90, 120])
 def test_the_kernels_that_train_keep_their_budgets(arch):
-    """bf16, and everything that has no dtype; `python -m mentor_kernels.aot` compiles all."""
-    for only in ("K1 bf16", "K2", "K3 bf16", "policy", "advantage"):
-        done = aot("--arch", str(arch), "--only", only)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "0 over budget" in done.stdout
+    """bf16, and everything that has no dtype, on three of the five; `python -m mentor_kernels.aot` compiles all."""
+    kinds = ["K1 bf16", "K2", "K3 bf16", "policy", "advantage"]
+    done = aot("--arch", str(arch), "--only", *kinds)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 over budget" in done.stdout
+    assert all(f"| {kind}" in done.stdout for kind in kinds)
 
 
 def test_a_broken_budget_is_an_error():

@@ -249,14 +249,14 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table; 0 when every budget is kept, 1 when one is broken, 2 where nothing can be compiled."""
     parser = argparse.ArgumentParser(prog="python -m mentor_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_BYTES), default=sorted(SHARED_BYTES))
-    parser.add_argument("--only", default="", help="variants whose name starts so, such as 'K3 bf16'")
+    parser.add_argument("--only", nargs="+", default=[""], help="variants whose name starts so, such as 'K3 bf16'")
     options = parser.parse_args(argv)
     if interpreted():
         print("error: TRITON_INTERPRET is set, so there is nothing to compile; unset it.", file=sys.stderr)
         return 2
-    chosen = [v for v in variants() if v.name.startswith(options.only)]
+    chosen = [v for v in variants() if v.name.startswith(tuple(options.only))]
     if not chosen:
-        print(f"error: no variant's name starts with {options.only!r}.", file=sys.stderr)
+        print(f"error: no variant's name starts with {' or '.join(map(repr, options.only))}.", file=sys.stderr)
         return 2
     broken = 0
     print("| kernel | sm | warps | stages | registers | spilled | shared | matrix | |")
