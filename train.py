@@ -32,7 +32,6 @@ from lite_mentor.batch import pack
 from lite_mentor.config import parse
 from lite_mentor.errors import UserError
 from lite_mentor.evaluate import compare, evaluate, suites
-from lite_mentor.fit import prove_fit
 from lite_mentor.log import Stopwatch, peak_memory_bytes
 from lite_mentor.loss import StepMetrics, batch_loss, old_logprobs
 from lite_mentor.optim import apply_gradients, learning_rate, make_optimizer
@@ -47,8 +46,6 @@ def train(run: Run) -> None:
     """The whole run: cold start, RL, and the evaluations around them."""
     c = run.config
     start = run.restore()
-    if c.device != "cpu":
-        run.log.note(prove_fit(run.student, c))
     if start is None:
         cold_start(run)
         run.student.save_adapter(run.out / "cold_start")
@@ -100,6 +97,7 @@ def train_step(run: Run, step: int) -> dict[str, float | None]:
     c, watch = run.config, Stopwatch(run.config.device)
     with watch.stage("rollout"):
         run.refresh_rollouts()
+        evictions = run.engine.evictions
         rollouts = roll_out(
             run.engine, run.chat, run.take(step), group_size=c.group_size, limits=run.limits,
             sampling=run.sampling, seed=c.seed, step=step, run_call=watch.timed("tools", run.run_call),
@@ -109,7 +107,10 @@ def train_step(run: Run, step: int) -> dict[str, float | None]:
     with watch.stage("update"):
         learned = update(run, [s for s in scored if not groups.zero_variance_G[s.rollout.group]], step)
     run.log.rollouts(step, scored, run.by_key, run.chat.decode)
-    memory = {"memory/peak": peak_memory_bytes(c.device)}
+    memory = {
+        "memory/peak": peak_memory_bytes(c.device),
+        "memory/cache_evictions": run.engine.evictions - evictions,
+    }
     return {"step": step, "phase": "rl", **summarise(scored, groups), **learned, **watch.lap(), **memory}
 
 
@@ -185,9 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with prepare(parse(argv)) as run:
             folder = run.out
-            if run.config.check:
-                run.log.note(prove_fit(run.student, run.config))
-            else:
+            if not run.config.check:
                 train(run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -121,6 +121,8 @@ class Config:
     """The gradient is scaled down to this norm."""
     updates_per_step: int = 1
     """Optimizer steps on one step's rollouts; each takes its share of the groups."""
+    cache_gib: float = 0.0
+    """Memory for the rollouts' keys and values; 0: for all at full length, or what a GPU has free beside the update."""
     micro_tokens: int = 1024
     """Most tokens in one packed row: this decides the memory of an update, never its result."""
 
@@ -157,6 +159,7 @@ class Config:
             "eval_suites",
             "eval_size",
             "micro_tokens",
+            "cache_gib",
         }
         decisive = {k: v for k, v in self.asdict().items() if k not in neutral}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
@@ -281,6 +284,8 @@ def check(config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be greater than 0.")
     if config.group_size < 2:
         raise UserError("--group-size is 1, so no rollout has another to be compared with; use 2 or more.")
+    if config.cache_gib < 0:
+        raise UserError(f"--cache-gib is {config.cache_gib}; give the GiB that the cache may take, or 0.")
     if not 0 < config.top_p <= 1 or config.top_k < 0:
         raise UserError(f"--top-p {config.top_p} --top-k {config.top_k}: top-p lies in (0, 1], top-k is 0 or more.")
     if config.prompts_per_step % config.updates_per_step:

@@ -10,8 +10,10 @@ has its own last page of the prompt, on which it writes on. The prefix that ALL 
 describes the tools) is held once, in the pool's first pages: every decode step reads it once for the whole batch, and
 it outlives the sequences while the weights stay.
 
-A sequence is admitted, in order of submission, only when the free pages cover the worst case of all that are alive
-and its own. So those that are alive always find their pages, nobody waits for one who waits, and none is dropped.
+A sequence is admitted, in order of submission, when the free pages cover its prompt and one more page for each that
+may still grow. Most sequences end long before their limit, so a pool much smaller than everyone's worst case serves;
+when it runs out all the same, the youngest sequence gives its pages back and waits to be read again. The oldest never
+does, and each fits into the pool alone: so all of them finish, and none is dropped.
 
 Sampling is counter-based: the caller gives each sequence its own row of uniforms, and the token at position t
 is the inverse-CDF of uniform t. Batch order, batch size and scheduling cannot change what a sequence draws.
@@ -44,7 +46,7 @@ class Sequence:
     turn_start: int
     """Where the turn being sampled starts in `ids`."""
     pages: list[int] = field(default_factory=list)
-    """Where the keys and values of the tokens from `shared` on are, in order."""
+    """Where the keys and values of the tokens from `shared` on are, in order; empty while it waits."""
     most_pages: int = 0
     """What `pages` can grow to."""
     shared: int = 0
@@ -107,19 +109,45 @@ class Engine:
         self.speaking: list[Sequence] = []
         self.prefix_ids: list[int] = []
         self.prefix_pages: list[int] = []
+        self.evictions = 0
+        """How often a sequence had to give its pages back: many mean that the pool is too small."""
         self.sampling = Sampling()
 
     @classmethod
-    def of(cls, student: Student, *, slots: int, context: int, tokens: int | None = None, page: int = 16) -> Engine:
-        """An engine that samples from the student's rollout weights."""
+    def of(
+        cls,
+        student: Student,
+        *,
+        slots: int,
+        context: int,
+        gib: float = 0.0,
+        tokens: int | None = None,
+        page: int = 16,
+    ) -> Engine:
+        """An engine that samples from the student's rollout weights.
+
+        Its pool takes `gib` GiB; with 0, what all slots need at their longest, but on a GPU at most nine tenths of the
+        memory that is free now. Raises UserError when not even one sequence of full length fits in it.
+        """
         config = student.config
         heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if tokens is None:
+            token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * student.dtype.itemsize
+            tokens = _affordable_tokens(token_bytes, slots * context, gib, student.device)
+            if tokens < context:
+                raise UserError(
+                    f"The cache of keys and values can have {tokens * token_bytes / 2**30:.2f} GiB, room for {tokens} "
+                    f"tokens, but one rollout may need {context}; raise --cache-gib, or lower --max-new-tokens, "
+                    "--max-prompt-tokens or, since the update needs the rest of the memory, --micro-tokens."
+                )
         return cls(
             student.rollout_hidden,
             student.rollout_logits,
             layers=config.num_hidden_layers,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
             eos_ids=student.eos_ids,
             slots=slots,
             context=context,
@@ -127,6 +155,15 @@ class Engine:
             page=page,
             device=student.device,
             dtype=student.dtype,
+        )
+
+    def describe(self) -> str:
+        """One line: how large the cache is."""
+        tokens = len(self.pool.holders) * self.pool.page
+        size = self.pool.keys.nbytes + self.pool.values.nbytes
+        return (
+            f"cache of keys and values: {tokens} tokens, {size / 2**30:.2f} GiB; up to {self.slots} rollouts at once, "
+            f"{min(self.slots, tokens // self.context)} of them at full length"
         )
 
     @property
@@ -167,13 +204,17 @@ class Engine:
         sequence.logp += [0.0] * len(ids)
         sequence.turn_start = len(sequence.ids)
         sequence.ended = False
-        self.speaking.append(sequence)
+        if sequence.pages:
+            self.speaking.append(sequence)
+        else:  # they were taken back while it was paused
+            self.waiting.appendleft(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Give the sequence's pages back."""
-        self.alive.remove(sequence)
-        self.pool.drop(sequence.pages)
-        sequence.pages = []
+        """Give a paused sequence's pages back."""
+        if sequence.pages:
+            self.alive.remove(sequence)
+            self.pool.drop(sequence.pages)
+            sequence.pages, sequence.shared, sequence.cached = [], 0, 0
 
     def abandon(self) -> None:
         """Give up every sequence, wherever it stands."""
@@ -186,9 +227,9 @@ class Engine:
     def step(self) -> list[Sequence]:
         """Sample one token for every speaking sequence; return those whose turn ended with it (now paused)."""
         self._admit()
-        if not self.speaking:  # all that are alive are paused, and hold what those that wait need
+        rows = self._affordable_rows()
+        if not rows:  # all that are alive are paused, and hold what those that wait need
             return []
-        rows = self._chunk_of_rows()
         hidden_RH = self._forward_rows(rows)
         row_of = {id(leader): r for r, followers in enumerate(rows) for leader in followers}
         drawing = [s for s in self.speaking if id(s) in row_of]
@@ -207,7 +248,7 @@ class Engine:
         return done
 
     def _admit(self) -> None:
-        """Let waiting sequences in while there is a slot and a worst case's worth of pages for the next one."""
+        """Let waiting sequences in while there are a slot and pages for the next one."""
         if self.waiting and not self.alive:
             self._renew_prefix()
         while self.waiting and len(self.alive) < self.slots:
@@ -227,20 +268,26 @@ class Engine:
         """
         pool, length = self.pool, len(self.prefix_ids)
         shared = length if len(sequence.ids) > length and sequence.ids[:length] == self.prefix_ids else 0
-        own = len(sequence.ids) - shared
-        sibling = next((s for s in self.alive if s.shared == shared and _prompt(s) == sequence.ids), None)
-        lent = (own - 1) // pool.page if sibling else 0
-        most = pool.pages_for(own + len(sequence.uniforms) - 1)  # the very last token is never read
-        owed = sum(s.most_pages - len(s.pages) for s in self.alive)
-        if most - lent > len(pool.free) - owed:
+        own, fresh = len(sequence.ids) - shared, len(sequence.ids) == sequence.prompt_length
+        prompt, computed = _prompt(sequence), sequence.prompt_length - 1
+        sibling = next(
+            (s for s in self.alive if s.shared == shared and _prompt(s) == prompt and (fresh or s.cached >= computed)),
+            None,
+        )
+        lent = (computed - shared) // pool.page if sibling else 0
+        longest = sequence.prompt_length + len(sequence.uniforms) - 1  # the very last token is never read
+        most = pool.pages_for(longest - shared)
+        growing = sum(len(s.pages) < s.most_pages for s in self.alive)
+        fits_alone = most <= len(pool.holders) - len(self.prefix_pages)
+        if not fits_alone or pool.pages_for(own) - lent + growing > len(pool.free):
             return False
-        sequence.shared = sequence.cached = shared
         sequence.most_pages = most
+        sequence.shared = sequence.cached = shared
         sequence.pages = pool.share(sibling.pages[:lent]) if sibling else []
         sequence.pages += pool.take(pool.pages_for(own) - lent)
-        if sibling and sibling.cached >= sibling.prompt_length - 1:
+        if sibling and sibling.cached >= computed:
             pool.copy(sibling.pages[lent], [sequence.pages[lent]])
-            sequence.cached = len(sequence.ids) - 1
+            sequence.cached = computed
         return True
 
     def _renew_prefix(self) -> None:
@@ -257,6 +304,20 @@ class Engine:
     def _forget_prefix(self) -> None:
         self.pool.drop(self.prefix_pages)
         self.prefix_ids, self.prefix_pages = [], []
+
+    def _affordable_rows(self) -> list[list[Sequence]]:
+        """The rows to run now, for which the pool has pages: the youngest sequences give theirs back until it has."""
+        while True:
+            rows = self._chunk_of_rows()
+            missing = sum(self.pool.pages_for(len(r[0].ids) - r[0].shared) - len(r[0].pages) for r in rows)
+            if missing <= len(self.pool.free):
+                return rows
+            youngest = self.alive[-1]
+            self.release(youngest)
+            self.evictions += 1
+            if youngest in self.speaking:
+                self.speaking.remove(youngest)
+                self.waiting.appendleft(youngest)
 
     def _chunk_of_rows(self) -> list[list[Sequence]]:
         """Speaking sequences to run now, those with the same uncomputed prompt in one row, up to `chunk` tokens."""
@@ -293,6 +354,17 @@ class Engine:
         plan = DecodePlan(self.pool, self.pool.first(len(self.prefix_ids)), spans)
         ids_1T = torch.tensor([[i for s in leaders for i in s.ids[s.cached :]]], device=self.device)
         return self.forward(ids_1T, plan.positions_T[None], plan), plan.last_R
+
+
+def _affordable_tokens(token_bytes: int, most: int, gib: float, device: torch.device) -> int:
+    """As many tokens as are needed at most, or as the memory holds."""
+    if gib:
+        room = gib * 2**30
+    elif device.type == "cuda":
+        room = 0.9 * torch.cuda.mem_get_info(device)[0]
+    else:
+        return most
+    return min(most, int(room // token_bytes))
 
 
 def _prompt(sequence: Sequence) -> list[int]:

@@ -118,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             config.student, quant=config.quant, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
             device=config.device, dtype=config.dtype,
         )  # fmt: skip
-        engine = Engine.of(student, slots=64, context=config.max_prompt_tokens + config.max_new_tokens)
+        context = config.max_prompt_tokens + config.max_new_tokens
+        engine = Engine.of(student, slots=64, context=context, gib=config.cache_gib)
         limits = Limits(config.max_turns, config.max_new_tokens, config.max_prompt_tokens)
         first: dict[str, dict] = {}
         with Sandbox() as sandbox:

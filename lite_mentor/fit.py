@@ -16,8 +16,8 @@ from lite_mentor.types import Batch, Rollout
 def prove_fit(student: Student, config: Config) -> str:
     """Forward and backward of the fullest row; returns a sentence with the peak memory so far.
 
-    Weights and generators stay as they are. The engine's cache is allocated before, so the peak includes it; AdamW's
-    two moments of the adapters (8 bytes a parameter, 2 in 8 bits) come on top. Raises UserError when it does not fit.
+    Weights and generators stay as they are. The engine's cache is allocated after it, from what it leaves; AdamW's two
+    moments of the adapters (8 bytes a parameter, 2 in 8 bits) come on top. Raises UserError when it does not fit.
     """
     batch = fullest_row(config, student.config.vocab_size)
     try:

@@ -20,6 +20,7 @@ from lite_mentor import checkpoint
 from lite_mentor.assets import cache_folder
 from lite_mentor.config import Config
 from lite_mentor.engine import Engine, Sampling
+from lite_mentor.fit import prove_fit
 from lite_mentor.log import RunLog
 from lite_mentor.loss import check_backend
 from lite_mentor.optim import Guard, make_optimizer
@@ -123,6 +124,11 @@ def prepare(config: Config) -> Iterator[Run]:
             gradient_checkpointing=config.gradient_checkpointing,
         )
         log.note(student.describe())
+        if device != "cpu" or config.check:  # before the cache takes what the update leaves
+            log.note(prove_fit(student, config))
+        context = config.max_prompt_tokens + config.max_new_tokens
+        engine = Engine.of(student, slots=slots(config), context=context, gib=config.cache_gib)
+        log.note(engine.describe())
         sandbox = stack.enter_context(Sandbox())
         random.Random(config.seed).shuffle(examples)
         yield Run(
@@ -131,7 +137,7 @@ def prepare(config: Config) -> Iterator[Run]:
             log=log,
             student=student,
             chat=Chat(student.tokenizer),
-            engine=Engine.of(student, slots=slots(config), context=config.max_prompt_tokens + config.max_new_tokens),
+            engine=engine,
             optimizer=make_optimizer(student.trainable(), config),
             examples=tuple(examples),
             by_key={example.key: example for example in examples},

@@ -46,6 +46,10 @@ def prompts(student) -> list[list[int]]:
 def generate(student, prompts, *, sampling, slots=8, chunk=2048, turns=2, order=None, page=16) -> list:
     engine = Engine.of(student, slots=slots, context=64, page=page)
     engine.chunk, engine.sampling = chunk, sampling
+    return play(engine, prompts, turns, order)
+
+
+def play(engine, prompts, turns=2, order=None) -> list:
     engine.eos_ids = frozenset()  # a random model does not know when to stop; turns end by our count instead
     order = order or range(len(prompts))
     sequences = {}
@@ -102,6 +106,16 @@ def test_the_schedule_cannot_change_what_is_drawn(student, schedule):
     one = generate(student, prompts(student), sampling=Sampling())
     other = generate(student, prompts(student), sampling=Sampling(), **schedule)
     assert [s.ids for s in one] == [s.ids for s in other]
+
+
+@pytest.mark.parametrize("page", [1, 2, 7])
+def test_sequences_that_had_to_give_their_pages_back_draw_the_same(student, page):
+    roomy, tight = (Engine.of(student, slots=8, context=64, page=page, tokens=tokens) for tokens in (None, 42))
+    assert [s.ids for s in play(roomy, prompts(student))] == [s.ids for s in play(tight, prompts(student))]
+    assert roomy.evictions == 0
+    assert tight.evictions > 0
+    tight.weights_changed()
+    assert len(tight.pool.free) == len(tight.pool.holders)
 
 
 def test_equal_prompts_draw_their_own_noise(student):
