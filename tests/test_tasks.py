@@ -142,8 +142,9 @@ def test_drawn_decimals_never_end_in_zero(seed):
 
 def test_a_template_without_enough_numbers_says_so():
     small = Template("small", {"a": (1, 4)}, ("{a}?",), ("abs_value a -> it",))
+    tools = {tool.name: tool for tool in calculator_tools()}
     with pytest.raises(UserError, match="only about"):
-        generate_examples("s", [small], lambda r, t: calculator_tools(), split="train", size=9, seed=0, levels=[1])
+        generate_examples("s", [small], lambda r, t: tools, split="train", size=9, seed=0, levels=[1])
 
 
 def test_a_wrong_solution_in_a_template_does_not_pass():
@@ -253,6 +254,36 @@ def test_unseen_tools(name, arguments, result):
 )
 def test_unseen_tools_say_why_there_is_no_result(name, arguments, sentence):
     assert call(name, **arguments) == ("error", sentence)
+
+
+def test_math_varied_disguises_a_few_calculators():
+    examples = load("math_varied", "train", 300)
+    description_of = {tool.description for tool in calculator_tools()}
+    unseen = {tool.name for tool in unseen_tools()}
+    names = Counter(tool.name for example in examples for tool in example.tools)
+    for example in examples:
+        offered = [tool.name for tool in example.tools]
+        assert len(offered) == len(set(offered)) == max(5, len({s["tool"] for s in example.meta["steps"]}))
+        assert not unseen & set(offered)
+        assert len({tool.description for tool in example.tools} & description_of) == len(offered)
+    # Each of twelve tools has about four names of its own; three in ten offers have one that was made up for it.
+    made_up = sum(count for count in names.values() if count <= 3)
+    assert 0.25 < made_up / names.total() < 0.35
+
+
+def test_a_disguised_calculator_is_the_same_function():
+    example = next(
+        e for e in load("math_varied", "train", 300) if any("round to a number" in t.description for t in e.tools)
+    )
+    tool = next(t for t in example.tools if "round to a number" in t.description)
+    number, digits = tool.parameters["properties"]
+    assert tool.parameters["required"] == [number]
+    results = [
+        run_call(render_call(tool.name, arguments), example.tools)
+        for arguments in ({number: 2.345, digits: 2}, {number: 2.345}, {"else": 2.345})
+    ]
+    assert [(r.status, r.result) for r in results[:2]] == [("ok", "2.35"), ("ok", "2")]
+    assert results[2].status == "bad_arguments"
 
 
 def test_ood_tools_offers_six_tools_none_of_them_seen_in_training():

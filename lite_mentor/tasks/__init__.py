@@ -26,7 +26,7 @@ from lite_mentor.types import Example, ToolSpec
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-SUITES = ("math", "tiny", "ood_tools", "ood_lookup", "gsm_symbolic")
+SUITES = ("math", "math_varied", "tiny", "ood_tools", "ood_lookup", "gsm_symbolic")
 """Generated here, in all splits. The benchmarks `bfcl_CATEGORY` (see bfcl.py) are beside them, for testing only."""
 
 

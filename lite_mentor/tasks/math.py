@@ -24,7 +24,7 @@ def generate(split: Split, *, size: int, seed: int, levels: Sequence[int]) -> li
     return generate_examples(
         "math",
         TEMPLATES,
-        lambda random, template: calculator_tools(),
+        lambda random, template: {tool.name: tool for tool in calculator_tools()},
         split=split,
         size=size,
         seed=seed,

@@ -128,11 +128,11 @@ def generate(split: Split, *, size: int, seed: int, levels: Sequence[int]) -> li
     return generate_examples("ood_tools", TEMPLATES, _offer, split=split, size=size, seed=seed, levels=levels)
 
 
-def _offer(random: Random, template: Template) -> tuple[ToolSpec, ...]:
+def _offer(random: Random, template: Template) -> dict[str, ToolSpec]:
     needed = [tool for tool in unseen_tools() if tool.name in template.tool_names]
     others = [tool for tool in unseen_tools() if tool not in needed]
     offered = needed + random.sample(others, OFFERED - len(needed))
-    return tuple(random.sample(offered, len(offered)))
+    return {tool.name: tool for tool in random.sample(offered, len(offered))}
 
 
 def _day(numbers: dict[str, int], number: str) -> str:

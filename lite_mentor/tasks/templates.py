@@ -73,7 +73,7 @@ _CLEAN = re.compile(r"\d{1,9}(\.\d{1,4})?")
 def generate_examples(
     suite: str,
     templates: Sequence[Template],
-    tools_for: Callable[[Random, Template], tuple[ToolSpec, ...]],
+    tools_for: Callable[[Random, Template], Mapping[str, ToolSpec]],
     *,
     split: Split,
     size: int,
@@ -81,7 +81,10 @@ def generate_examples(
     levels: Sequence[int],
     thoughts: bool = True,
 ) -> list[Example]:
-    """`size` examples with distinct (template, numbers), levels and the templates of a level equally likely."""
+    """`size` examples with distinct (template, numbers), levels and the templates of a level equally likely.
+
+    `tools_for` gives the tools that an example offers, in order, by the names that the template's solution uses.
+    """
     by_level = {level: [t for t in templates if t.level == level] for level in levels}
     examples: list[Example] = []
     seen: set[tuple[Any, ...]] = set()
@@ -137,14 +140,15 @@ def _fill(
     suite: str,
     template: Template,
     numbers: Numbers,
-    tools: tuple[ToolSpec, ...],
+    tool_of: Mapping[str, ToolSpec],
     thoughts: bool,
 ) -> Example | None:
     people = random.sample(PEOPLE, 2)
     words = {name: random.choice(choices) for name, choices in template.words.items()}
     known = {"person": people[0], "person2": people[1], **words, **numbers}
     question = random.choice(template.wordings).format_map(known)
-    steps = [_step(line, tools, known) for line in template.solution]
+    tools = tuple(tool_of.values())
+    steps = [_step(line, tool_of, known) for line in template.solution]
     answer = solve(steps, tools)
     if not _CLEAN.fullmatch(answer):
         return None
@@ -174,11 +178,11 @@ def solve(steps: Sequence[Mapping[str, Any]], tools: Sequence[ToolSpec]) -> str:
     return results[-1]
 
 
-def _step(line: str, tools: Sequence[ToolSpec], known: Mapping[str, Any]) -> dict[str, Any]:
+def _step(line: str, tool_of: Mapping[str, ToolSpec], known: Mapping[str, Any]) -> dict[str, Any]:
     call, what = line.split(" -> ")
-    tool, *tokens = call.split()
+    name, *tokens = call.split()
     values = [_argument(token, known) for token in tokens]
-    schemas = next(spec for spec in tools if spec.name == tool).parameters["properties"]
+    tool, schemas = tool_of[name].name, tool_of[name].parameters["properties"]
     if next(iter(schemas.values())).get("type") == "array":
         return {"tool": tool, "what": what, "arguments": {next(iter(schemas)): values}}
     return {"tool": tool, "what": what, "arguments": dict(zip(schemas, values, strict=False))}

@@ -31,7 +31,7 @@ def generate(split: Split, *, size: int, seed: int, levels: Sequence[int]) -> li
     return generate_examples(
         "tiny",
         TEMPLATES,
-        lambda random, template: _TOOLS,
+        lambda random, template: {tool.name: tool for tool in _TOOLS},
         split=split,
         size=size,
         seed=seed,
