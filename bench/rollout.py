@@ -1,8 +1,9 @@
-"""Sampled tokens/s of whole rollouts, one turn or several with injected results: our engine against HF generate.
+"""Sampled tokens/s of whole rollouts, one turn or several with injected results: our engine against transformers.
 
-Both sample at temperature 1 over the full vocabulary from the same float weights; every turn has the same number of
-tokens, so both do the same work, but for what generate computes again at each turn. Rounds are interleaved; the
-figures are medians. Prompts are random ids: half of each is common to all, as the text that describes the tools is.
+`generate` is transformers' own with a dynamic cache, `batching` its continuous batching with a paged cache that shares
+the blocks of equal prefixes. All sample at temperature 1 over the full vocabulary from the same float weights, and
+every turn has the same number of tokens; they differ in what they compute again at each turn. Rounds are interleaved;
+the figures are medians. Prompts are random ids: half of each is common to all, as the text that describes the tools is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
 
 from bench.step import machine
 from lite_mentor.engine import Engine, Sampling
@@ -27,19 +29,25 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     student = load_student(options.student, quant="none", dtype=options.dtype, device=options.device)
     student.refresh_rollout_weights()
-    model = student._rollout.model  # the very weights that the engine samples from
+    model = student.rollout_model  # the very weights that the engine samples from
     prompts, results = texts(options, student.head_weight_VH.shape[0])
     engine = Engine.of(student, slots=len(prompts), context=length(options))
     engine.eos_ids, engine.sampling = frozenset(), Sampling()
-    rows = {"engine": [], "generate": []}
+    ways = {
+        "engine": lambda: by_engine(engine, prompts, results, options),
+        "generate": lambda: by_generate(model, prompts, results, options),
+        "batching": lambda: by_batching(model, prompts, results, options),
+    }
+    rows = {name: [] for name in ways}
     for _ in range(options.rounds + 1):
-        rows["engine"].append(timed(lambda: by_engine(engine, prompts, results, options), student.device))
-        rows["generate"].append(timed(lambda: by_generate(model, prompts, results, options), student.device))
+        for name, way in ways.items():
+            rows[name].append(timed(way, student.device))
     sampled = len(prompts) * (options.turns + 1) * options.new
     middle = {name: middle_of(measured[1:], sampled) for name, measured in rows.items()}  # the first one warms up
     cache = sum(x.nbytes for x in (engine.pool.keys, engine.pool.values))
     found = {**vars(options), "sampled": sampled, **middle, "cache_bytes": cache}
-    found["times_generate"] = middle["engine"]["tokens_per_s"] / middle["generate"]["tokens_per_s"]
+    for name in ("generate", "batching"):
+        found[f"times_{name}"] = middle["engine"]["tokens_per_s"] / middle[name]["tokens_per_s"]
     print(table(found))
     print(json.dumps({"command": "python -m bench rollout " + " ".join(argv), **machine(options.device), **found}))
 
@@ -115,9 +123,7 @@ def by_engine(engine: Engine, prompts, results, options) -> dict[str, float]:
 @torch.inference_mode()
 def by_generate(model, prompts, results, options) -> dict[str, float]:
     """Every turn is a generate of its own with a dynamic cache, on all that was said before."""
-    how = GenerationConfig(
-        max_new_tokens=options.new, do_sample=True, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0
-    )
+    how = settings(options)
     ids_BT = torch.tensor(prompts, device=model.device)
     model.set_attn_implementation("sdpa")
     for injected in [*results, None]:
@@ -130,6 +136,34 @@ def by_generate(model, prompts, results, options) -> dict[str, float]:
     return {}
 
 
+def by_batching(model, prompts, results, options) -> dict[str, float]:
+    """Every turn is a batch of requests to one manager, whose cache finds again what earlier turns left in it."""
+    page = 16
+    room = len(prompts) * (length(options) + page)
+    how = ContinuousBatchingConfig(page_size=page, num_blocks=-(-room // page), max_batch_tokens=2048)
+    rows = [list(prompt) for prompt in prompts]
+    model.set_attn_implementation("sdpa")
+    for injected in [*results, None]:
+        found = model.generate_batch(
+            rows, generation_config=settings(options), continuous_batching_config=how, persistent_manager=True
+        )
+        rows = [
+            row + list(out.generated_tokens) + (injected or []) for row, out in zip(rows, found.values(), strict=True)
+        ]
+    model.destroy_cached_continuous_batching_manager()
+    model.set_attn_implementation("lite_mentor")
+    if {len(row) for row in rows} != {length(options)}:
+        raise RuntimeError(f"continuous batching did not come to {length(options)} tokens")
+    return {}
+
+
+def settings(options: argparse.Namespace) -> GenerationConfig:
+    """Plain sampling of a fixed number of tokens."""
+    return GenerationConfig(
+        max_new_tokens=options.new, do_sample=True, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0
+    )
+
+
 def middle_of(rows: list[dict[str, float]], sampled: int) -> dict[str, float]:
     """Medians over the rounds."""
     out = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
@@ -137,11 +171,12 @@ def middle_of(rows: list[dict[str, float]], sampled: int) -> dict[str, float]:
 
 
 def table(found: dict) -> str:
-    """The two as Markdown, and where the engine's time goes."""
+    """All as Markdown, and where the engine's time goes."""
     lines = ["| | s | tokens/s | prefill s | decode s | sampling and bookkeeping s |", "|---|---|---|---|---|---|"]
-    for name in ("engine", "generate"):
+    for name in ("engine", "generate", "batching"):
         row = found[name]
         parts = " | ".join(f"{row[part]:.2f}" if part in row else "" for part in ("prefill", "decode", "sampling"))
         lines.append(f"| {name} | {row['total']:.2f} | {row['tokens_per_s']:.1f} | {parts} |")
-    lines.append(f"\n{found['times_generate']:.2f} times generate; cache {found['cache_bytes'] / 2**20:.0f} MiB")
+    ratios = f"{found['times_generate']:.2f} times generate, {found['times_batching']:.2f} times continuous batching"
+    lines.append(f"\n{ratios}; the engine's cache has {found['cache_bytes'] / 2**20:.0f} MiB")
     return "\n".join(lines)

@@ -71,6 +71,11 @@ class Student:
         """The frozen head, never quantised."""
         return self.base.get_output_embeddings().weight
 
+    @property
+    def rollout_model(self) -> PreTrainedModel:
+        """The model that rollouts are sampled from, as of the last `refresh_rollout_weights`."""
+        return self._rollout.model
+
     def hidden(self, ids_1T: torch.Tensor, positions_1T: torch.Tensor, plan: attention.Plan) -> torch.Tensor:
         """The final normed hidden states [T, H] of a packed row, differentiable in the adapters."""
         return self._forward(self.base, ids_1T, positions_1T, plan)

@@ -17,4 +17,4 @@ def test_the_rollout_bench_prints_a_table_and_its_json(capsys):
     assert row["cache_bytes"] == 4 * 16 * 3 * 4 * 32 * 4 * 2
     parts = row["engine"]
     assert 0 < parts["prefill"] + parts["decode"] + parts["sampling"] <= parts["total"]
-    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["engine", "generate"]
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["engine", "generate", "batching"]
