@@ -1,14 +1,19 @@
-"""Runs code that may hang, crash or fill the memory in worker processes, and kills those that do.
+"""Runs code that may hang, crash or do harm in worker processes, and kills those that break a limit.
 
-What is limited: wall-clock time (the worker and everything it started are killed), CPU time, memory, the size of a
+Limited everywhere: wall-clock time (the worker and everything it started are killed), CPU time, memory, the size of a
 file, the number of open files and of processes, the length of a result. A worker sees only the environment variables
 that importing needs, so no keys or tokens, and what it prints goes nowhere.
 
-What is NOT protected: a tool reads and writes every file that you can, uses the network, starts processes (a child
-that leaves its process group outlives the worker) and may remember things from one call to the next. The limits other
-than wall-clock time need the `resource` module, so Windows has none, macOS does not limit memory, and root may start
-any number of processes. This guards a
-run against buggy tools and absurd arguments, not against tools written to do harm: use a container for those.
+On Linux, workers also run in namespaces where the machine allows it (isolation.py; `find_way` tries it once, and
+`Sandbox.note` says what was found): no network, not even loopback; the folders that importing needs, read-only, and a
+private /tmp; no home folder; no process but their own, and none of theirs outlives them.
+
+What is NOT protected: whatever lies in the current folder and in those of sys.path can be read. Memory, CPU time and
+file size are limited for each process, and there may be 512 of them. A tool may remember things from one call to the
+next and answer wrongly. A hole in the kernel is a hole in this. Without namespaces (macOS, Windows, most containers,
+`--sandbox off`) a tool reads and writes every file that you can, uses the network, signals your processes, and a child
+that leaves its process group outlives it. Windows has no limits but time, macOS does not limit memory, and root may
+start any number of processes unless plain user namespaces are used on Linux 6.14 or newer.
 """
 
 from __future__ import annotations
@@ -21,19 +26,22 @@ import math
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import IO, Any, Literal
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
 
+from lite_mentor import isolation
 from lite_mentor.errors import UserError
+from lite_mentor.isolation import Way
 from lite_mentor.tools import result_text
 
 START_SECONDS = 60.0
@@ -55,8 +63,10 @@ class Worker:
     Thread-safe: requests wait for each other.
     """
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, way: Way = "limits only", errors: IO[bytes] | None = None) -> None:
         self.module = module
+        self.way = way
+        self._errors = errors
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._number = 0
@@ -84,9 +94,10 @@ class Worker:
         if self._closed:
             raise RuntimeError(f"the worker {self.module} is closed")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", self.module],
+            isolation.command(self.way, self.module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._errors,  # None: ours
             env=_environment(),
             start_new_session=True,  # a group of its own: killed as a whole, and deaf to ctrl-C
         )
@@ -163,11 +174,17 @@ def _environment() -> dict[str, str]:
 
 
 class Sandbox:
-    """A pool of workers for tools that are named by an import path. Thread-safe."""
+    """A pool of workers for tools that are named by an import path. Thread-safe.
 
-    def __init__(self, workers: int = 2, timeout_s: float = 5.0) -> None:
+    `way` is how workers are started; None: the strongest that works here.
+    """
+
+    def __init__(self, workers: int = 2, timeout_s: float = 5.0, way: Way | None = None) -> None:
         self.timeout_s = timeout_s
-        self._workers = [Worker("lite_mentor.sandbox") for _ in range(workers)]
+        self.way, reason = (way, "--sandbox off") if way else find_way()
+        self.note = _note(self.way, reason)
+        """One line that says what is and what is not enforced."""
+        self._workers = [Worker("lite_mentor.sandbox", self.way) for _ in range(workers)]
         # Last in, first out: a worker is started only when all that run are busy.
         self._free: queue.LifoQueue[Worker] = queue.LifoQueue()
         for worker in self._workers:
@@ -202,11 +219,6 @@ class Sandbox:
         finally:
             self._free.put(worker)
 
-    def map(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[Status, str]]:
-        """`call` for each (path, arguments), side by side on all workers; the answers in the order of the calls."""
-        with ThreadPoolExecutor(len(self._workers)) as pool:
-            return list(pool.map(lambda one: self.call(*one), calls))
-
 
 def _load(worker: Worker, path: str) -> None:
     try:
@@ -217,6 +229,50 @@ def _load(worker: Worker, path: str) -> None:
         problem = "importing it ended the process or broke a limit"
     if problem:
         raise UserError(f"The tool {path} cannot be loaded in the sandbox ({problem}); put its module right.")
+
+
+@functools.cache
+def find_way() -> tuple[Way, str]:
+    """The strongest way to start workers that works on this machine, and what is wrong with the stronger ones."""
+    problems: list[str] = []
+    for way in ("bubblewrap", "user namespaces"):
+        problems.append(problem_with(way))
+        if not problems[-1]:
+            return way, ""
+    return "limits only", ", ".join(dict.fromkeys(problems))
+
+
+@functools.cache
+def problem_with(way: Way) -> str:
+    """Start a worker this way, and let it look around -> what is wrong; "" when it is isolated."""
+    if reason := isolation.unavailable(way):
+        return reason
+    with (
+        tempfile.TemporaryFile() as errors,
+        tempfile.TemporaryDirectory() as folder,
+        socket.socket(socket.AF_UNIX) as listener,
+        contextlib.closing(Worker("lite_mentor.sandbox", way, errors)) as worker,
+    ):
+        name = os.path.basename(folder)
+        listener.bind(f"\0{name}")
+        listener.listen()
+        arguments = {"pid": os.getpid(), "folder": folder, "abstract_socket": name}
+        try:
+            freedom = worker.request({"path": "lite_mentor.isolation:look", "arguments": arguments}, START_SECONDS)
+        except (RuntimeError, EOFError, TimeoutError):
+            errors.seek(0)
+            last = (errors.read().decode(errors="replace").strip() or "no reason given").splitlines()[-1]
+            return f"{way} cannot be had ({last})"
+    return f"with {way} a tool can still {freedom['text']}" if freedom["text"] else ""
+
+
+def _note(way: Way, reason: str) -> str:
+    limits = f"memory {MEMORY_BYTES >> 30} GiB a process, CPU and wall-clock time limited"
+    if resource is None:
+        limits = "wall-clock time limited"
+    if way == "limits only":
+        return f"sandbox: {reason}: TOOLS CAN READ AND CHANGE YOUR FILES AND USE THE NETWORK; {limits}"
+    return f"sandbox: no network, read-only files, own processes ({way}); {limits}"
 
 
 # --- in the worker ---------------------------------------------------------------------------------------------

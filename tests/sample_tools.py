@@ -83,10 +83,17 @@ def huge_error() -> None:
     raise ValueError("x" * 5_000_000)
 
 
-def huge_file(path: str) -> None:
-    with open(path, "wb") as file:
-        for _ in range(200):
-            file.write(b"\0" * (1 << 20))
+def huge_file(folder: str) -> int:
+    """The size at which writing failed; of a file in the folder, or in the worker's own when there is none such."""
+    path = os.path.join(folder if os.path.isdir(folder) else "", "huge")
+    try:
+        with open(path, "wb") as file:
+            for _ in range(200):
+                file.write(b"\0" * (1 << 20))
+                file.flush()
+    except OSError:
+        return os.path.getsize(path)
+    return -1
 
 
 def many_files() -> int:

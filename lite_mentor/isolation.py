@@ -1,0 +1,190 @@
+"""Starts a worker in Linux namespaces: no network, few files and those read-only, no processes but its own.
+
+Bubblewrap does it where it is installed; else this file, run as a program, asks the kernel itself. Both give the worker
+the same view: the system's programs and libraries, this Python, the current folder and the folders of sys.path, each
+under its own name and read-only; a private /tmp of at most 256 MiB, in which it starts; nothing else: no home folder.
+Where the current folder or one of sys.path contains the home folder, only the Python modules in it are shown.
+
+The worker is the user `nobody` of its own namespaces, without capabilities.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import Literal
+
+Way = Literal["bubblewrap", "user namespaces", "limits only"]
+
+TEMPORARY_BYTES = 256 << 20
+PROCESSES = 512
+"""In a worker's namespaces, threads included."""
+_NOBODY = 65534
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/alternatives",
+           "/etc/localtime")  # fmt: skip
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+
+
+def command(way: Way, module: str) -> list[str]:
+    """The command that runs `python -m module` in the way named."""
+    start = [sys.executable, "-m", module]
+    if way == "bubblewrap":
+        return ["bwrap", *_bubblewrap_flags(), "--", "prlimit", f"--nproc={PROCESSES}", *start]
+    if way == "user namespaces":
+        return [sys.executable, "-I", "-S", __file__, *visible(), "--", *start]
+    return start
+
+
+def kernel() -> tuple[int, int]:
+    """(major, minor) of the running Linux."""
+    major, minor = re.match(r"(\d+)\.(\d+)", os.uname().release).groups()
+    return int(major), int(minor)
+
+
+def unavailable(way: Way) -> str:
+    """Why this way need not be tried on this machine; "" when it may work."""
+    if sys.platform != "linux" or kernel() < (5, 14):
+        return "namespaces need Linux 5.14 or newer"  # there, processes are counted for each namespace
+    if way == "bubblewrap" and shutil.which("bwrap") is None:
+        return "bubblewrap is not installed"
+    return ""
+
+
+def look(pid: int, folder: str, abstract_socket: str) -> str:
+    """Called in a worker: what it can do to the process, folder and socket of its trainer, in words; "" is nothing."""
+    found = []
+    if os.path.exists("/etc/passwd"):
+        found.append("read your files")
+    with contextlib.suppress(OSError):
+        Path(folder, "written").touch()
+        found.append("write your files")
+    with contextlib.suppress(OSError):
+        socket.socket(socket.AF_UNIX).connect(f"\0{abstract_socket}")  # such names belong to the network
+        found.append("use the network")
+    with contextlib.suppress(OSError):
+        os.kill(pid, 0)
+        found.append("signal your processes")
+    return ", ".join(found)
+
+
+def visible() -> list[str]:
+    """The files and folders that a worker needs, none beneath another."""
+    real = os.path.dirname(os.path.dirname(os.path.realpath(sys.executable)))
+    folders = [*_SYSTEM, real, sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix]
+    folders += [*os.environ.get("LD_LIBRARY_PATH", "").split(":"), str(Path(__file__).parent.parent)]
+    shown: set[str] = set()
+    for folder in [*folders, os.getcwd(), *sys.path]:
+        if folder and os.path.exists(folder):
+            folder = os.path.abspath(folder)
+            shown.update(_modules(folder) if _too_much(folder) else [folder])
+    return [p for p in sorted(shown) if not any(p.startswith(other + "/") for other in shown)]
+
+
+def _too_much(folder: str) -> bool:
+    inside = os.path.realpath(folder)
+    return any(os.path.commonpath([inside, secret]) == inside for secret in (os.path.realpath(Path.home()), "/tmp"))
+
+
+def _modules(folder: str) -> list[str]:
+    return [str(p) for p in Path(folder).iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
+
+
+def _bubblewrap_flags() -> list[str]:
+    flags = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    flags += ["--uid", str(_NOBODY), "--gid", str(_NOBODY), "--cap-drop", "ALL"]
+    flags += ["--size", str(TEMPORARY_BYTES), "--tmpfs", "/tmp"]
+    for path in visible():
+        flags += ["--ro-bind", path, path]
+    for device in _DEVICES:
+        flags += ["--dev-bind", device, device]
+    return [*flags, "--symlink", "/tmp", "/dev/shm", "--proc", "/proc", "--remount-ro", "/", "--chdir", "/tmp"]
+
+
+# --- as a program ----------------------------------------------------------------------------------------------
+
+_USER, _MOUNTS, _PROCESSES, _NETWORK, _IPC, _HOSTNAME = 1 << 28, 1 << 17, 1 << 29, 1 << 30, 1 << 27, 1 << 26
+_BIND, _RECURSIVE, _PRIVATE, _NOSUID_NODEV_NOEXEC = 0x1000, 0x4000, 0x40000, 0x2 | 0x4 | 0x8
+_READ_ONLY, _NO_SETUID = 0x1, 0x2  # attributes of mount_setattr
+_NR_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_NR_MOUNT_SETATTR = 442  # on every architecture
+_ROOT = "/sys"  # always there, and nothing in it is shown: the new root is put together on top of it
+
+
+def main(arguments: list[str]) -> None:
+    """FOLDER ... -- COMMAND ...: run the command where it sees these folders alone. Ends when the command ends."""
+    split = arguments.index("--")
+    maps = {"setgroups": "deny", "uid_map": f"{_NOBODY} {os.getuid()} 1", "gid_map": f"{_NOBODY} {os.getgid()} 1"}
+    import resource  # here, for Windows has none
+
+    _libc("unshare", _USER | _MOUNTS | _PROCESSES | _NETWORK | _IPC | _HOSTNAME)
+    for name, text in maps.items():
+        Path("/proc/self", name).write_text(text)
+    resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))  # counts this namespace alone; root is exempt
+    _leave_to_child()
+    _build_root(arguments[:split])
+    _leave_to_child()  # the first process of a namespace ignores signals and inherits orphans: no place for a worker
+    _libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    os.execv(arguments[split + 1], arguments[split + 1 :])
+
+
+def _leave_to_child() -> None:
+    """Go on in a child process; the parent only waits for it."""
+    child = os.fork()
+    if child:
+        os.closerange(0, 3)
+        while True:
+            ended, status = os.wait()
+            if ended == child:
+                os._exit(os.waitstatus_to_exitcode(status) & 255)
+
+
+def _build_root(folders: list[str]) -> None:
+    _mount(None, "/", flags=_PRIVATE | _RECURSIVE)
+    _mount("tmpfs", _ROOT, kind="tmpfs", options="mode=755")
+    for name in ("tmp", "proc", "dev"):
+        os.mkdir(f"{_ROOT}/{name}")
+    _mount("tmpfs", f"{_ROOT}/tmp", kind="tmpfs", options=f"mode=700,size={TEMPORARY_BYTES}")
+    for path in (*folders, *_DEVICES):
+        place = Path(_ROOT + path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir(exist_ok=True) if os.path.isdir(path) else place.touch()
+        _mount(path, str(place), flags=_BIND | _RECURSIVE)
+    os.symlink("/tmp", f"{_ROOT}/dev/shm")
+    with contextlib.suppress(OSError):  # a container may hide parts of /proc, and then grants no new one: do without
+        _mount("proc", f"{_ROOT}/proc", kind="proc", flags=_NOSUID_NODEV_NOEXEC)
+        if kernel() >= (6, 14):  # before, this number was not the namespace's own, but the whole machine's
+            Path(f"{_ROOT}/proc/sys/kernel/pid_max").write_text(str(PROCESSES))
+    _set_attributes(_ROOT, set_=_READ_ONLY | _NO_SETUID, everywhere=True)
+    _set_attributes(f"{_ROOT}/tmp", clear=_READ_ONLY)
+    os.chdir(_ROOT)
+    _libc("syscall", _NR_PIVOT_ROOT[os.uname().machine], b".", b".")
+    _libc("umount2", b".", 2)  # MNT_DETACH: the old root, which now lies on top of the new one
+    os.chdir("/tmp")
+
+
+def _mount(source: str | None, target: str, *, kind: str | None = None, flags: int = 0, options: str = "") -> None:
+    encoded = [text and text.encode() for text in (source, target, kind)]
+    _libc("mount", *encoded, ctypes.c_ulong(flags), options.encode())
+
+
+def _set_attributes(path: str, *, set_: int = 0, clear: int = 0, everywhere: bool = False) -> None:
+    attributes = struct.pack("=4Q", set_, clear, 0, 0)
+    where = (-100, path.encode(), 0x8000 if everywhere else 0)  # AT_FDCWD, AT_RECURSIVE
+    _libc("syscall", _NR_MOUNT_SETATTR, *where, attributes, ctypes.c_size_t(len(attributes)))
+
+
+def _libc(name: str, *arguments: int | bytes | None) -> None:
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{name}: {os.strerror(code)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
