@@ -126,6 +126,8 @@ class Config:
     micro_tokens: int = 1024
     """Most tokens in one packed row: this decides the memory of an update, never its result."""
 
+    sandbox: Literal["on", "off"] = "on"
+    """Tools of yours run without network, your files and your processes where this machine can; off: only limited."""
     save_every: int = 9
     """Steps between checkpoints."""
     eval_every: int = 0
@@ -153,6 +155,7 @@ class Config:
             "out",
             "resume",
             "track",
+            "sandbox",
             "check",
             "save_every",
             "eval_every",

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -22,7 +23,7 @@ from lite_mentor.errors import UserError
 from lite_mentor.judge import is_correct
 from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.rollout import Limits, RunCall, messages_of, roll_out
-from lite_mentor.sandbox import Sandbox
+from lite_mentor.sandbox import open_sandbox
 from lite_mentor.statistics import paired_bootstrap, tool_statistics, wilson
 from lite_mentor.student import load_student
 from lite_mentor.tasks import bfcl, load_suite, load_task
@@ -103,6 +104,8 @@ class Options:
     """Examples of `validation`; every other suite uses half as many."""
     max_prompt_tokens: int = 0
     """Longest prompt; 0 takes the run's. BFCL's many tools need about 2,000."""
+    sandbox: Literal["on", "off"] = "on"
+    """off: tools of yours can read and change your files and use the network."""
     adapters: tuple[str, ...] = ("cold_start", "adapter")
     """Folders with PEFT adapters, within the run or anywhere; each is compared with the first. `none` is the base."""
 
@@ -122,7 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine = Engine.of(student, slots=64, context=context, gib=config.cache_gib)
         limits = Limits(config.max_turns, config.max_new_tokens, config.max_prompt_tokens)
         first: dict[str, dict] = {}
-        with Sandbox() as sandbox:
+        with open_sandbox(options.sandbox) as sandbox:
+            if sandbox.way == "limits only":
+                print(sandbox.note, file=sys.stderr)
             for adapter in options.adapters:
                 if adapter != "none":
                     inside = options.run / adapter

@@ -93,7 +93,8 @@ def _too_much(folder: str) -> bool:
 
 
 def _modules(folder: str) -> list[str]:
-    return [str(p) for p in Path(folder).iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
+    entries = os.scandir(folder) if os.access(folder, os.R_OK) else ()
+    return [e.path for e in entries if e.name.endswith(".py") or os.path.exists(f"{e.path}/__init__.py")]
 
 
 def _bubblewrap_flags() -> list[str]:

@@ -26,7 +26,7 @@ from lite_mentor.loss import check_backend
 from lite_mentor.optim import Guard, make_optimizer
 from lite_mentor.prompt import Chat
 from lite_mentor.rollout import Limits, RunCall
-from lite_mentor.sandbox import Sandbox
+from lite_mentor.sandbox import open_sandbox
 from lite_mentor.student import Student, compute_dtype, load_student
 from lite_mentor.tasks import load_task
 from lite_mentor.teacher import TeacherCache, open_cache
@@ -129,7 +129,8 @@ def prepare(config: Config) -> Iterator[Run]:
         context = config.max_prompt_tokens + config.max_new_tokens
         engine = Engine.of(student, slots=slots(config), context=context, gib=config.cache_gib)
         log.note(engine.describe())
-        sandbox = stack.enter_context(Sandbox())
+        sandbox = stack.enter_context(open_sandbox(config.sandbox))
+        log.note(sandbox.note)
         random.Random(config.seed).shuffle(examples)
         yield Run(
             config=config,
@@ -171,6 +172,7 @@ def open_teacher(config: Config, log: RunLog) -> TeacherCache:
     if not (folder / "manifest.json").exists():
         command = [sys.executable, "-m", "lite_mentor.teach", "--suite", config.task, "--source", "oracle"]
         command += ["--size", str(config.train_size), "--levels", *map(str, config.levels), "--out", str(folder)]
+        command += ["--sandbox", config.sandbox]
         log.note("filling the teacher's cache: " + " ".join(command[1:]))
         subprocess.run(command, check=True)
     return open_cache(folder)

@@ -231,6 +231,11 @@ def _load(worker: Worker, path: str) -> None:
         raise UserError(f"The tool {path} cannot be loaded in the sandbox ({problem}); put its module right.")
 
 
+def open_sandbox(setting: Literal["on", "off"]) -> Sandbox:
+    """What `--sandbox` asks for: workers as isolated as this machine allows, or workers under limits only."""
+    return Sandbox(way=None if setting == "on" else "limits only")
+
+
 @functools.cache
 def find_way() -> tuple[Way, str]:
     """The strongest way to start workers that works on this machine, and what is wrong with the stronger ones."""
@@ -268,6 +273,8 @@ def problem_with(way: Way) -> str:
 
 def _note(way: Way, reason: str) -> str:
     limits = f"memory {MEMORY_BYTES >> 30} GiB a process, CPU and wall-clock time limited"
+    if way != "user namespaces" and getattr(os, "geteuid", lambda: 1)() == 0:
+        limits += ", but not the number of processes, for you are root"
     if resource is None:
         limits = "wall-clock time limited"
     if way == "limits only":

@@ -29,7 +29,7 @@ from rich.progress import Progress
 from lite_mentor.errors import UserError
 from lite_mentor.judge import boxed, is_correct
 from lite_mentor.prompt import ASK_FOR_BOX, CALL_CLOSE, CALL_OPEN, json_schema
-from lite_mentor.sandbox import Sandbox
+from lite_mentor.sandbox import open_sandbox
 from lite_mentor.tasks import load_suite, resolve_arguments
 from lite_mentor.tasks.jsonl import read_tasks
 from lite_mentor.teacher import Manifest, append_to, seal
@@ -78,6 +78,8 @@ class Options:
     """endpoint and local: examples under way at the same time."""
     requests_per_minute: float = 0.0
     """endpoint: no faster than this; 0 is no limit."""
+    sandbox: Literal["on", "off"] = "on"
+    """off: tools of yours can read and change your files and use the network."""
 
 
 def fill(options: Options, examples: Sequence[Example], ask: Ask) -> None:
@@ -375,7 +377,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(options)
         examples = load_examples(options)
-        with Sandbox() as sandbox:
+        with open_sandbox(options.sandbox) as sandbox:
+            if sandbox.way == "limits only":
+                print(sandbox.note, file=sys.stderr)
 
             def run(raw: str, example: Example) -> ToolCall:
                 return run_call(raw, example.tools, run_path=sandbox.call)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lite_mentor import isolation, sandbox
-from lite_mentor.sandbox import Sandbox, find_way, problem_with
+from lite_mentor.sandbox import Sandbox, find_way, open_sandbox, problem_with
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
 
@@ -112,6 +112,7 @@ def test_a_bubblewrap_that_does_not_isolate_is_not_taken(fresh_probe, tmp_path, 
 
 @linux
 def test_a_machine_that_grants_nothing_is_told_in_one_line(fresh_probe, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(isolation.shutil, "which", lambda name: None)
     monkeypatch.setattr(isolation, "kernel", lambda: (5, 14))
     monkeypatch.setattr(sandbox.isolation, "command", lambda way, module: [sys.executable, "-c", "raise OSError('no')"])
@@ -121,6 +122,20 @@ def test_a_machine_that_grants_nothing_is_told_in_one_line(fresh_probe, monkeypa
             "sandbox: bubblewrap is not installed, user namespaces cannot be had (OSError: no): TOOLS CAN READ AND "
             "CHANGE YOUR FILES AND USE THE NETWORK; memory 4 GiB a process, CPU and wall-clock time limited"
         )
+
+
+def test_off_is_loud():
+    with open_sandbox("off") as workers:
+        assert workers.way == "limits only"
+        assert workers.note.startswith("sandbox: --sandbox off: TOOLS CAN READ AND CHANGE YOUR FILES AND USE THE NET")
+        assert workers.call("math:isqrt", {"n": 4})[1] == "Error: TypeError: math.isqrt() takes no keyword arguments"
+
+
+def test_who_is_root_is_told_that_processes_are_not_counted(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    notes = {way: Sandbox(way=way).note for way in ("limits only", "bubblewrap", "user namespaces")}
+    told = {way: note.endswith(", but not the number of processes, for you are root") for way, note in notes.items()}
+    assert told == {"limits only": True, "bubblewrap": True, "user namespaces": False}
 
 
 def test_other_systems_are_told_what_is_needed(monkeypatch):
