@@ -40,6 +40,7 @@ except ImportError:  # Windows
     resource = None
 
 from lite_mentor import isolation
+from lite_mentor.calculators import ToolError
 from lite_mentor.errors import UserError
 from lite_mentor.isolation import Way
 from lite_mentor.tools import result_text
@@ -359,6 +360,8 @@ def _function(path: str) -> Callable[..., Any]:
 
 
 def _words(error: Exception) -> str:
+    if isinstance(error, ToolError):
+        return f"{error}."
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

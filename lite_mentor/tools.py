@@ -178,20 +178,22 @@ def run_call(raw: str, tools: Sequence[ToolSpec], *, run_path: RunPath | None = 
         return _call(name, arguments, raw, "error", "Error: there is no such number.")
 
 
-def result_text(value: Any) -> str:
+def result_text(value: Any, limit: int = MAX_RESULT_CHARS) -> str:
     """A tool's result as a student should read and copy it: 12 and not 12.0, at most about ten digits, short."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float, Decimal)):
         return number_text(Decimal(repr(value)) if isinstance(value, float) else Decimal(value))
     if isinstance(value, (list, tuple)):
-        return _clip(", ".join(result_text(item) for item in value), MAX_RESULT_CHARS)
-    return _clip(value if isinstance(value, str) else repr(value), MAX_RESULT_CHARS)
+        return _clip(", ".join(result_text(item) for item in value), limit)
+    return _clip(value if isinstance(value, str) else repr(value), limit)
 
 
 def _call(name: str, arguments: Mapping[str, Any], raw: str, status: CallStatus, text: str) -> ToolCall:
     clean = text.encode("utf-8", "replace").decode("utf-8")
-    return ToolCall(name, arguments, raw, status, _clip(clean, MAX_RESULT_CHARS))
+    if len(clean) > MAX_RESULT_CHARS + 40:  # more than a result that result_text has cut, with its note of that
+        clean = _clip(clean, MAX_RESULT_CHARS)
+    return ToolCall(name, arguments, raw, status, clean)
 
 
 def _clip(text: str, limit: int) -> str:

@@ -116,7 +116,10 @@ BAD_ROWS = [
     ({**GOOD, "answer": ["1", " "]}, "`answer` is missing or empty"),
     ({**GOOD, "tools": []}, "`tools` must be a list of tool names, and not empty"),
     ({**GOOD, "tools": "add"}, "`tools` must be a list of tool names, and not empty"),
-    ({**GOOD, "tools": ["plus"]}, "there is no built-in tool 'plus'; use module:function, or one of add, subtract"),
+    (
+        {**GOOD, "tools": ["plus"]},
+        "there is no built-in tool 'plus'; use module:function, python, or one of add, subtract",
+    ),
     ({**GOOD, "tools": ["add", "add"]}, "two of the `tools` have the same name"),
     ({**GOOD, "tools": ["no_such_module:f"]}, "the tool no_such_module:f cannot be imported (No module named"),
     ({**GOOD, "tools": ["json:no_such_function"]}, "the tool json:no_such_function cannot be imported"),

@@ -6,7 +6,8 @@ Ours:
 
     question  text
     answer    text, a number, or a list of them: any one counts as right
-    tools     names of built-in calculators, or `module:function` of functions of yours with type hints and docstring
+    tools     names of built-in calculators, `python` (runs code that the student writes), or `module:function` of
+              functions of yours with type hints and docstring
     checker   optional, "math" or "text" (see types.Example); "math" when every answer is a number, else "text"
     suite     optional, a name for the statistics; the file's name when absent
 
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_mentor.errors import UserError
+from lite_mentor.python_tool import python_tool
 from lite_mentor.tasks import make_example
 from lite_mentor.tools import calculator_tools, tool_spec
 from lite_mentor.types import Example, ToolSpec
@@ -165,10 +167,16 @@ def _answers(value: Any, name: str) -> list[str]:
 def _tools(names: Any) -> list[ToolSpec]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise _BadRow("`tools` must be a list of tool names, and not empty")
-    tools = [_user_tool(name) if ":" in name else _calculator(name) for name in names]
+    tools = [_tool(name) for name in names]
     if len({tool.name for tool in tools}) < len(tools):
         raise _BadRow("two of the `tools` have the same name")
     return tools
+
+
+def _tool(name: str) -> ToolSpec:
+    if name == "python":
+        return python_tool()
+    return _user_tool(name) if ":" in name else _calculator(name)
 
 
 def _calculator(name: str) -> ToolSpec:
@@ -176,7 +184,7 @@ def _calculator(name: str) -> ToolSpec:
         if tool.name == name:
             return tool
     known = ", ".join(tool.name for tool in calculator_tools())
-    raise _BadRow(f"there is no built-in tool {name[:40]!r}; use module:function, or one of {known}")
+    raise _BadRow(f"there is no built-in tool {name[:40]!r}; use module:function, python, or one of {known}")
 
 
 @functools.cache

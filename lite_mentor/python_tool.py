@@ -1,0 +1,88 @@
+"""The tool `python`: code that a student wrote, run by pydantic-monty, an interpreter of a part of Python in Rust.
+
+Monty runs code in a process of its own, which knows no files, network or other modules of ours, and kills it at its
+limits; here that process is a child of a tool's worker (sandbox.py), and dies with it. Every call gets a fresh one,
+within milliseconds, so nothing is remembered. Random numbers and the clock are the same in every call, so that a run
+can be repeated.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import functools
+import importlib.util
+from typing import TYPE_CHECKING
+
+from lite_mentor.calculators import ToolError
+from lite_mentor.errors import UserError
+from lite_mentor.tools import MAX_RESULT_CHARS, result_text, tool_spec
+from lite_mentor.types import ToolSpec
+
+if TYPE_CHECKING:
+    from pydantic_monty import Monty
+
+SECONDS = 4.0
+"""Less than a worker has for a call, so that the student is told which limit it was."""
+MEMORY_BYTES = 64 << 20
+PRINTED_CHARS = MAX_RESULT_CHARS // 2
+VALUE_CHARS = MAX_RESULT_CHARS // 2 - 80
+"""What remains for the last line's value, after the notes on what was cut."""
+_LIMITS = dict(max_feed_duration_secs=SECONDS, max_memory=MEMORY_BYTES, max_recursion_depth=500)
+_FIXED = dict(sleep="zero", random_start={"seed": 0}, datetime=datetime.datetime(2026, 1, 1))
+_WORDS = {
+    "TimeoutError: feed time limit": f"the code ran longer than {SECONDS:g} s",
+    "MemoryError: memory limit": f"the code used more than {MEMORY_BYTES >> 20} MB",
+}
+"""Monty's own words about these name figures that differ from run to run."""
+
+
+def python(code: str) -> str:
+    """Run Python; returns what it prints and its last line's value. Has math, re, json, datetime, random, itertools,
+    collections, decimal, functools; no files, network, numpy, fractions, statistics. 4 s, 64 MB. Remembers nothing.
+    """
+    from pydantic_monty import MontyCrashedError, MontyError
+
+    output = _Output()
+    try:
+        with _interpreter().checkout(limits=_LIMITS, os_policy=_FIXED) as session:
+            value = session.feed_run(code, print_callback=output)
+    except MontyCrashedError as error:
+        raise ToolError("the code broke the interpreter") from error
+    except MontyError as error:
+        message = error.display(format="type-msg")
+        raise ToolError(next((w for start, w in _WORDS.items() if message.startswith(start)), message)) from error
+    said = [output.text(), "" if value is None else result_text(value, VALUE_CHARS)]
+    return "\n".join(filter(None, said)) or "(nothing printed)"
+
+
+@functools.cache
+def python_tool() -> ToolSpec:
+    """The tool as a task names it. Raises UserError when pydantic-monty is not installed."""
+    if importlib.util.find_spec("pydantic_monty") is None:
+        raise UserError("The tool `python` needs pydantic-monty; install it with: pip install 'lite-mentor[python]'")
+    return tool_spec(python, path="lite_mentor.python_tool:python")
+
+
+class _Output:
+    """What the code prints: its beginning, and how much more there was."""
+
+    def __init__(self) -> None:
+        self.kept, self.more = "", 0
+
+    def __call__(self, stream: str, text: str) -> None:
+        room = max(0, PRINTED_CHARS - len(self.kept))
+        self.kept += text[:room]
+        self.more += len(text[room:])
+
+    def text(self) -> str:
+        return self.kept.rstrip("\n") + (f"... [{self.more} more characters]" if self.more else "")
+
+
+@functools.cache
+def _interpreter() -> Monty:
+    from pydantic_monty import Monty
+
+    pool = Monty(min_processes=1, max_processes=1, max_checkouts_per_worker=1).__enter__()
+    atexit.register(pool.__exit__, None, None, None)
+    return pool
