@@ -22,6 +22,7 @@ def thirds() -> tuple[Any, ...]:
 
 
 def echo(text: str) -> str:
+    """text"""
     return text
 
 

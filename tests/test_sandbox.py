@@ -9,13 +9,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sample_tools import add
+from sample_tools import add, echo
 
 from lite_mentor.errors import UserError
 from lite_mentor.sandbox import Sandbox, Worker, problem_with
-from lite_mentor.tools import run_call, tool_spec
+from lite_mentor.tools import render_call, run_call, tool_spec
 
-ADD = "sample_tools:add"
+ADD, ECHO = "sample_tools:add", "sample_tools:echo"
 ENDED = "Error: the tool ended its process or broke a limit."
 needs_limits = pytest.mark.skipif(os.name == "nt", reason="Windows has no resource limits")
 
@@ -208,3 +208,5 @@ def test_the_sandbox_runs_the_calls_of_a_student(sandbox):
     spec = tool_spec(add, path=ADD)
     call = run_call('{"name": "add", "arguments": {"a": 2, "b": 3.5}}', [spec], run_path=sandbox.call)
     assert (call.status, call.result) == ("ok", "5.5")
+    long = run_call(render_call("echo", {"text": "x" * 900}), [tool_spec(echo, path=ECHO)], run_path=sandbox.call)
+    assert long.result == "x" * 800 + "... [100 more characters]"
