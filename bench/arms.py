@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from bench.figure import figure
 from bench.step import machine
 from lite_mentor import sft
 from lite_mentor.charts import line_chart
@@ -46,7 +47,7 @@ NOTE = (
 
 
 def main(argv: list[str]) -> None:
-    """Run what is missing in --out, then write table.md, arms.json and curves.html there."""
+    """Run what is missing in --out, then write table.md, arms.json, figure.svg and curves.html there."""
     arms, rest = _take(argv, "--arms", ARMS)
     seeds, rest = _take(rest, "--seeds", ("0",))
     config = parse(rest)
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> None:
     about = {"command": " ".join(["python -m bench arms", *argv]), **machine(config.device), "preset": config.preset}
     (out / "arms.json").write_text(json.dumps({**about, "arms": results}, indent=1))
     (out / "table.md").write_text(json.dumps(about) + "\n\n" + text + "\n")
+    (out / "figure.svg").write_text(picture(results, f"{about['preset']}, {about['date']}, commit {about['commit']}"))
     settings = "".join(f"<dt>{k}</dt><dd>{escape(str(v))}</dd>" for k, v in config.asdict().items() if k not in OWN)
     parts = dict(title="Arms", date=f"{about['date']}, commit {about['commit']}", summary="", settings=settings)
     (out / "curves.html").write_text(render(body=curves(out, results), **parts))
@@ -211,9 +213,28 @@ def table(results: list[dict]) -> str:
 def _accuracy(rows: list[dict]) -> str:
     if not rows:
         return ""
+    low, middle, high = _interval(rows)
+    return f"{middle:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _interval(rows: list[dict]) -> tuple[float, float, float]:
+    """(low, mean, high): over seeds, or with one seed its Wilson interval."""
     values = [row["accuracy"] for row in rows]
     low, high = rows[0]["ci95"] if len(rows) == 1 else (min(values), max(values))
-    return f"{statistics.fmean(values):.1%} ({low:.1%} to {high:.1%})"
+    return low, statistics.fmean(values), high
+
+
+def picture(results: list[dict], about: str) -> str:
+    """The accuracies as an SVG."""
+    found: dict[str, dict[str, list[dict]]] = {}
+    for r in results:
+        for suite, row in r["suites"].items():
+            found.setdefault(r["arm"], {}).setdefault(suite, []).append(row)
+    suites = list(dict.fromkeys(suite for r in results for suite in r["suites"]))
+    seeds = max(len({r["seed"] for r in results if r["arm"] == arm}) for arm in found)
+    lines = "95 % Wilson intervals" if seeds == 1 else "lines span the seeds"
+    note = f"{about}; {seeds} seed{'s' if seeds > 1 else ''}, {lines}"
+    return figure({arm: {s: _interval(rows) for s, rows in by.items()} for arm, by in found.items()}, suites, note)
 
 
 def curves(out: Path, results: list[dict]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 
@@ -29,6 +30,8 @@ def test_arms_share_a_cold_start_and_are_run_once(tmp_path, capsys, monkeypatch)
     text = (out / "table.md").read_text()
     assert all(f"| {arm} | 1 |" in text for arm in ("base", "cold", "sft", "sparse"))
     assert "<svg" in (out / "curves.html").read_text()
+    drawn = ElementTree.fromstring((out / "figure.svg").read_text())
+    assert len(drawn.findall(".//{*}circle")) == sum(len(r["suites"]) for r in found)
 
     before = {p: p.stat().st_mtime_ns for p in out.glob("seed-0/*/arm.json")}
     # An arm that was interrupted after its first step goes on from there, and ends as it would have.
