@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 
 from bench import all as everything
-from bench import arms, keep_rate, kernels, rollout, step
+from bench import arms, attacks, keep_rate, kernels, rollout, step
 from lite_mentor.errors import UserError
 
 COMMANDS = {
     "all": everything.main,
     "arms": arms.main,
+    "attacks": attacks.main,
     "kernels": kernels.main,
     "rollout": rollout.main,
     "step": step.main,

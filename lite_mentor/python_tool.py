@@ -4,6 +4,8 @@ Monty runs code in a process of its own, which knows no files, network or other 
 limits; here that process is a child of a tool's worker (sandbox.py), and dies with it. Every call gets a fresh one,
 within milliseconds, so nothing is remembered. Random numbers and the clock are the same in every call, so that a run
 can be repeated.
+
+This module is imported only where a task names the tool, for pydantic-monty is an extra.
 """
 
 from __future__ import annotations
@@ -11,16 +13,11 @@ from __future__ import annotations
 import atexit
 import datetime
 import functools
-import importlib.util
-from typing import TYPE_CHECKING
+
+from pydantic_monty import Monty, MontyCrashedError, MontyError
 
 from lite_mentor.calculators import ToolError
-from lite_mentor.errors import UserError
-from lite_mentor.tools import MAX_RESULT_CHARS, result_text, tool_spec
-from lite_mentor.types import ToolSpec
-
-if TYPE_CHECKING:
-    from pydantic_monty import Monty
+from lite_mentor.tools import MAX_RESULT_CHARS, result_text
 
 SECONDS = 4.0
 """Less than a worker has for a call, so that the student is told which limit it was."""
@@ -41,8 +38,6 @@ def python(code: str) -> str:
     """Run Python; returns what it prints and its last line's value. Has math, re, json, datetime, random, itertools,
     collections, decimal, functools; no files, network, numpy, fractions, statistics. 4 s, 64 MB. Remembers nothing.
     """
-    from pydantic_monty import MontyCrashedError, MontyError
-
     output = _Output()
     try:
         with _interpreter().checkout(limits=_LIMITS, os_policy=_FIXED) as session:
@@ -54,14 +49,6 @@ def python(code: str) -> str:
         raise ToolError(next((w for start, w in _WORDS.items() if message.startswith(start)), message)) from error
     said = [output.text(), "" if value is None else result_text(value, VALUE_CHARS)]
     return "\n".join(filter(None, said)) or "(nothing printed)"
-
-
-@functools.cache
-def python_tool() -> ToolSpec:
-    """The tool as a task names it. Raises UserError when pydantic-monty is not installed."""
-    if importlib.util.find_spec("pydantic_monty") is None:
-        raise UserError("The tool `python` needs pydantic-monty; install it with: pip install 'lite-mentor[python]'")
-    return tool_spec(python, path="lite_mentor.python_tool:python")
 
 
 class _Output:
@@ -81,8 +68,6 @@ class _Output:
 
 @functools.cache
 def _interpreter() -> Monty:
-    from pydantic_monty import Monty
-
     pool = Monty(min_processes=1, max_processes=1, max_checkouts_per_worker=1).__enter__()
     atexit.register(pool.__exit__, None, None, None)
     return pool

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from lite_mentor.errors import UserError
-from lite_mentor.python_tool import python_tool
 from lite_mentor.sandbox import Sandbox
-from lite_mentor.tasks.jsonl import read_tasks
+from lite_mentor.tasks.jsonl import python_tool, read_tasks
 from lite_mentor.tools import run_call, signature
 
 PATH = "lite_mentor.python_tool:python"
@@ -76,7 +75,7 @@ def test_a_student_calls_it_by_its_name(sandbox, tmp_path):
 
 def test_without_the_package_one_sentence_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydantic_monty", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "lite_mentor.python_tool", raising=False)
     python_tool.cache_clear()
     (tmp_path / "tasks.jsonl").write_text('{"question": "How many?", "answer": 6, "tools": ["python"]}\n')
     with pytest.raises(UserError, match=r"needs pydantic-monty; install it with: pip install 'lite-mentor\[python\]'"):

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 from lite_mentor.errors import UserError
-from lite_mentor.python_tool import python_tool
 from lite_mentor.tasks import make_example
 from lite_mentor.tools import calculator_tools, tool_spec
 from lite_mentor.types import Example, ToolSpec
@@ -177,6 +176,18 @@ def _tool(name: str) -> ToolSpec:
     if name == "python":
         return python_tool()
     return _user_tool(name) if ":" in name else _calculator(name)
+
+
+@functools.cache
+def python_tool() -> ToolSpec:
+    """The tool that runs a student's code. Raises UserError when pydantic-monty is not installed."""
+    try:
+        from lite_mentor.python_tool import python
+    except ImportError as error:
+        raise UserError(
+            "The tool `python` needs pydantic-monty; install it with: pip install 'lite-mentor[python]'"
+        ) from error
+    return tool_spec(python, path="lite_mentor.python_tool:python")
 
 
 def _calculator(name: str) -> ToolSpec:
