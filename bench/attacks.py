@@ -46,8 +46,8 @@ class Scene:
 
     secret: str
     """Path of a file with content, in the home folder where that can be written."""
-    pid: int
-    """Of a process that belongs to us."""
+    decoy: subprocess.Popen[bytes]
+    """A process of ours."""
     port: int
     """A server listens here, on the loopback interface."""
     mark: str
@@ -70,7 +70,9 @@ class Attack:
 
 
 def _code(text: str) -> Callable[[Scene], Mapping[str, Any]]:
-    return lambda scene: {"code": text.replace("SECRET_FILE", repr(scene.secret)).replace("THE_PID", str(scene.pid))}
+    return lambda scene: {
+        "code": text.replace("SECRET_FILE", repr(scene.secret)).replace("THE_PID", str(scene.decoy.pid))
+    }
 
 
 def _deep(name: str) -> str:
@@ -97,7 +99,7 @@ TOOL_ATTACKS = (
     Attack("changing the code it came from", NAMESPACES, "write_own_code"),
     Attack("a socket to this machine", NAMESPACES, "connect", lambda s: {"host": "127.0.0.1", "port": s.port}),
     Attack("a socket to the outside", NAMESPACES, "send", lambda s: {"host": "192.0.2.1", "port": 9}),
-    Attack("killing a process of ours", NAMESPACES, "kill", lambda s: {"pid": s.pid}),
+    Attack("killing a process of ours", NAMESPACES, "kill", lambda s: {"pid": s.decoy.pid}),
     Attack("killing its parent and its group", f"{NAMESPACES}, own group", "kill_everything", statuses=("ok", *ENDED)),
     Attack("a daemon in another group", f"{NAMESPACES}: {GROUP}", "daemon", lambda s: {"mark": s.mark},
            statuses=("timeout",)),
@@ -182,7 +184,7 @@ def scene() -> Iterator[Scene]:
         secret.write_text("secret", encoding="utf-8")
         os.environ[SECRET] = "secret"
         try:
-            yield Scene(str(secret), decoy.pid, server.getsockname()[1], secret.parent.name)
+            yield Scene(str(secret), decoy, server.getsockname()[1], secret.parent.name)
         finally:
             del os.environ[SECRET]
             decoy.kill()
@@ -201,7 +203,7 @@ def attempt(kind: str, attack: Attack, sandbox: Sandbox, scene: Scene) -> tuple[
         f"its result has {len(call.result)} characters": len(call.result) > 900,
         "its result holds special tokens": _special_tokens(call.result) != _special_tokens("3"),
         "it changed a file": Path(scene.secret).read_text(encoding="utf-8") != "secret",
-        "it killed a process": not _runs(scene.pid),
+        "it killed a process": scene.decoy.poll() is not None,
         f"it left {left} running": bool(left),
         f"the next call gives {sane}": sane != ("ok", "3"),
     }
@@ -247,10 +249,6 @@ def _command(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:  # it has ended
         return ""
-
-
-def _runs(pid: int) -> bool:
-    return pid in _processes() and bool(_command(pid))  # that of the dead is empty
 
 
 def _shown(result: str) -> str:

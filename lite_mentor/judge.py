@@ -15,7 +15,8 @@ import unicodedata
 from fractions import Fraction
 from typing import Any, Literal
 
-from lite_mentor.sandbox import Request, Worker, serve
+from lite_mentor.sandbox import Worker
+from lite_mentor.worker import Request, serve
 
 MAX_ANSWER_CHARS = 200
 VERIFY_SECONDS = 5.0

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FREE = {"types", "config", "errors"}  # importable from everywhere; they import nothing but each other
 ORDER = [
-    "calculators", "tools", "python_tool", "tasks", "isolation", "sandbox", "judge", "prompt", "assets",
-    "attention", "tiny", "student", "paging", "engine", "rollout", "teacher", "teach", "reward", "batch",
-    "loss", "optim", "sft", "checkpoint", "statistics", "evaluate", "display", "log", "charts", "page",
+    "calculators", "tools", "python_tool", "tasks", "isolation", "worker", "sandbox", "judge", "prompt",
+    "assets", "attention", "tiny", "student", "paging", "engine", "rollout", "teacher", "teach", "reward",
+    "batch", "loss", "optim", "sft", "checkpoint", "statistics", "evaluate", "display", "log", "charts", "page",
     "report", "fit", "run",
 ]  # fmt: skip
 MAY_IMPORT_KERNELS = {"loss", "reward", "student"}
