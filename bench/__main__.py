@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from bench import all as everything
-from bench import arms, attacks, keep_rate, kernels, rollout, step
+from bench import arms, attacks, keep_rate, kernels, rollout, soak, step
 from lite_mentor.errors import UserError
 
 COMMANDS = {
@@ -14,6 +14,7 @@ COMMANDS = {
     "attacks": attacks.main,
     "kernels": kernels.main,
     "rollout": rollout.main,
+    "soak": soak.main,
     "step": step.main,
     "keep-rate": keep_rate.main,
 }

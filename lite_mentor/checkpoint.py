@@ -11,6 +11,7 @@ Nothing is pickled: a checkpoint is bytes to be checked, never code to be run.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from lite_mentor.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 _STEP = re.compile(r"step-(\d{6,})")
 _FILE = re.compile(r"[a-z0-9_]+\.(safetensors|json)")
 
@@ -44,6 +45,9 @@ class Checkpoint:
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
+    config_hash: str
+    versions: Mapping[str, str | None]
+    """Of what computes: see `versions`."""
 
 
 class _Unsound(Exception):
@@ -98,22 +102,22 @@ def save(
     return target
 
 
-def load(root: Path, *, config_hash: str) -> tuple[Checkpoint | None, list[str]]:
+def load(root: Path, *, config_hash: str | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint of the run `root` whose every byte verifies, and a sentence for each newer one refused.
 
     (None, []) when the run has none. Raises UserError when it has some but none is sound, and when the sound one was
-    written under settings with another hash.
+    written under settings with another hash than `config_hash`, if that is given.
     """
     refused: list[str] = []
     for _, path in _steps(root):
         try:
-            checkpoint, written_under = _read(path)
+            checkpoint = _read(path)
         except _Unsound as error:
             refused.append(f"{path} was refused: {error}.")
             continue
-        if written_under != config_hash:
+        if config_hash not in (None, checkpoint.config_hash):
             raise UserError(
-                f"{path} was written under other settings (hash {written_under}, now {config_hash}); "
+                f"{path} was written under other settings (hash {checkpoint.config_hash}, now {config_hash}); "
                 "resume with the settings in the run's config.json, or start a new run with another --out."
             )
         return checkpoint, refused
@@ -122,7 +126,23 @@ def load(root: Path, *, config_hash: str) -> tuple[Checkpoint | None, list[str]]
     return None, []
 
 
-def _read(path: Path) -> tuple[Checkpoint, str]:
+def sweep(root: Path) -> None:
+    """Remove what a kill during a save left of the run `root`. Only for the process that holds its lock."""
+    _sweep(Path(root) / "checkpoints")
+
+
+def versions() -> dict[str, str | None]:
+    """What computes here, by package: with other versions a run does not go on bit for bit. None: not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "peft", "bitsandbytes", "safetensors"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _read(path: Path) -> Checkpoint:
     """Verify, then parse the very bytes that were verified."""
     manifest = _read_manifest(path)
     contents = {}
@@ -140,7 +160,7 @@ def _read(path: Path) -> tuple[Checkpoint, str]:
         state = json.loads(contents["state.json"])
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise _Unsound(f"its files are hashed but cannot be parsed ({error})") from error
-    return Checkpoint(path, manifest["step"], tensors, state), manifest["config_hash"]
+    return Checkpoint(path, manifest["step"], tensors, state, manifest["config_hash"], manifest["versions"])
 
 
 def _read_manifest(path: Path) -> dict:
@@ -168,11 +188,7 @@ def _manifest(step: int, files: Mapping[str, bytes], config_hash: str) -> dict:
         "format": FORMAT,
         "step": step,
         "config_hash": config_hash,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "safetensors": safetensors.__version__,
-        },
+        "versions": versions(),
         "files": {
             name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in files.items()
@@ -331,9 +347,14 @@ def lock(out: Path) -> Iterator[None]:
             raise UserError(
                 f"Another process (pid {holder}) is running in {out}; wait for it or stop it, or choose another --out."
             ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        except OSError as error:
+            raise UserError(
+                f"The run's folder {out} cannot be written ({error.strerror}); make room or choose another --out."
+            ) from error
         yield
 
 

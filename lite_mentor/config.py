@@ -18,6 +18,26 @@ import tyro
 
 from lite_mentor.errors import UserError
 
+NEUTRAL = frozenset(
+    {
+        "out",
+        "resume",
+        "resume_anyway",
+        "track",
+        "check",
+        "save_every",
+        "eval_every",
+        "eval_suites",
+        "eval_size",
+        "micro_tokens",
+        "cache_gib",
+        "sandbox",
+    }
+)
+"""Fields that decide nothing of what is learned."""
+ROUNDING = frozenset({"steps", "backend", "gradient_checkpointing"})
+"""Fields that change where a run ends or how its numbers are rounded, but not what it computes."""
+
 Preset = Literal["quick", "tiny", "paper", "modern", "8gb", "12gb", "16gb", "24gb"]
 
 
@@ -31,6 +51,8 @@ class Config:
     """Folder of the run; empty: runs/<preset>-<time>."""
     resume: str = ""
     """Continue the run in this folder from its newest sound checkpoint."""
+    resume_anyway: bool = False
+    """Continue it although it will not go on bit for bit: other library versions or --steps, or lines that are lost."""
     check: bool = False
     """Only prove that the longest sample fits: one update at full length, then stop."""
     seed: int = 0
@@ -151,20 +173,7 @@ class Config:
 
     def hash(self) -> str:
         """Of the fields that decide what is learned: two runs with equal hashes may continue each other."""
-        neutral = {
-            "out",
-            "resume",
-            "track",
-            "sandbox",
-            "check",
-            "save_every",
-            "eval_every",
-            "eval_suites",
-            "eval_size",
-            "micro_tokens",
-            "cache_gib",
-        }
-        decisive = {k: v for k, v in self.asdict().items() if k not in neutral}
+        decisive = {k: v for k, v in self.asdict().items() if k not in NEUTRAL}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 

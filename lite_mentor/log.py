@@ -10,6 +10,7 @@ A line is written whole or not at all, and a number that is not finite is writte
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -54,6 +55,9 @@ class RunLog:
             temporary.write_bytes(_line(config, indent=1))
             temporary.replace(self.out / "config.json")
             self._files = {name: open(self.out / name, "ab", buffering=0) for name in LINES}  # noqa: SIM115
+        self._sha256 = {
+            name: hashlib.sha256() for name in LINES
+        }  # of what is in the files, once `rewind` has read them
         self._display = Display(config, total_steps, quiet)
         self._tracker = _tensorboard(self.out) if config.get("track") == "tensorboard" else None
 
@@ -108,22 +112,43 @@ class RunLog:
         """Show a sentence about what the run is doing."""
         self._display.note(text)
 
-    def position(self) -> dict[str, int]:
+    def position(self) -> dict[str, dict[str, Any]]:
         """How far each file of lines has been written, durably: to be kept in a checkpoint, for `rewind`."""
         with self._writing():
             for file in self._files.values():
                 os.fsync(file.fileno())
-            return {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+            sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+        return {name: {"bytes": sizes[name], "sha256": self._sha256[name].hexdigest()} for name in LINES}
 
-    def rewind(self, position: Mapping[str, int]) -> None:
+    def damaged(self, position: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """The files whose bytes up to `position` are not those that were written."""
+        with self._writing():
+            contents = {name: (self.out / name).read_bytes()[: position[name]["bytes"]] for name in LINES}
+        return [name for name in LINES if hashlib.sha256(contents[name]).hexdigest() != position[name]["sha256"]]
+
+    def holds_rl_steps(self) -> bool:
+        """Has this run taken RL steps, as far as metrics.jsonl says? Then it has saved at least once."""
+        return b'"phase": "rl"' in (self.out / "metrics.jsonl").read_bytes()
+
+    def set_aside(self, name: str) -> Path:
+        """Go on with a file of no lines; the one that is there is kept beside it, under the name that is returned."""
+        path = self.out / f"{name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+        with self._writing():
+            self._files[name].close()
+            (self.out / name).rename(path)
+            self._files[name] = open(self.out / name, "ab", buffering=0)  # noqa: SIM115
+        return path
+
+    def rewind(self, position: Mapping[str, Mapping[str, Any]]) -> None:
         """Drop what was written after `position` (of the checkpoint that is resumed; {}: everything).
 
         Steps that will be taken again are then not doubled, and neither is a line that a kill cut short.
         """
         with self._writing():
             for name, file in self._files.items():
-                content = (self.out / name).read_bytes()[: position.get(name, 0)]
-                file.truncate(content.rfind(b"\n") + 1)
+                content = (self.out / name).read_bytes()[: position[name]["bytes"] if position else 0]
+                self._sha256[name] = hashlib.sha256(content)
+                file.truncate(len(content))
         with open(self.out / "metrics.jsonl", encoding="utf-8") as lines:
             self._display.history = [json.loads(line) for line in lines]
 
@@ -146,6 +171,7 @@ class RunLog:
             except OSError:
                 file.truncate(before)
                 raise
+        self._sha256[name].update(line)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -5,6 +5,8 @@ train.py is the algorithm; this is what it stands on. Nothing here decides what 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import subprocess
 import sys
@@ -18,8 +20,9 @@ import torch
 
 from lite_mentor import checkpoint
 from lite_mentor.assets import cache_folder
-from lite_mentor.config import Config
+from lite_mentor.config import NEUTRAL, ROUNDING, Config
 from lite_mentor.engine import Engine, Sampling
+from lite_mentor.errors import UserError
 from lite_mentor.fit import prove_fit
 from lite_mentor.log import RunLog
 from lite_mentor.loss import check_backend
@@ -74,26 +77,87 @@ class Run:
             self.out,
             step,
             tensors={"adapter": self.student.adapter_state(), "optimizer": optimizer, "rng": rng},
-            state=state | {"refused_in_a_row": self.guard.in_a_row, "config": self.config.asdict()},
+            state=state
+            | {"refused_in_a_row": self.guard.in_a_row, "config": self.config.asdict(), "identity": self.identity()},
             config_hash=self.config.hash(),
             keep=2,
         )
 
     def restore(self) -> int | None:
-        """Load the newest sound checkpoint and return its step; None when the run has none yet."""
-        found, refused = checkpoint.load(self.out, config_hash=self.config.hash())
+        """Load the newest sound checkpoint and return its step; None when the run has none yet.
+
+        Raises UserError when it is of another run than this one would be, or when lines before it are not as written.
+        """
+        found, refused = checkpoint.load(self.out)
         for reason in refused:
             self.log.note(reason)
         if found is None:
+            if self.log.holds_rl_steps():
+                raise UserError(
+                    f"{self.out} has RL steps in metrics.jsonl but no checkpoint; put its folder checkpoints back, or "
+                    "start a new run with another --out."
+                )
             self.log.rewind({})
             return None
+        self._check_that_it_is_ours(found)
         self.student.load_adapter_state(found.tensors["adapter"])
         checkpoint.unpack_optimizer(self.optimizer, found.tensors["optimizer"], found.state["optimizer"])
         checkpoint.restore_rng(found.tensors["rng"], found.state["rng"])
         self.log.rewind(found.state["log"])
         self.guard.in_a_row = found.state["refused_in_a_row"]
+        checkpoint.sweep(self.out)
         self.log.note(f"resuming at step {found.step} of {self.config.steps}, from {found.path}")
         return found.step
+
+    def _check_that_it_is_ours(self, found: checkpoint.Checkpoint) -> None:
+        """Raise UserError unless `found` goes on bit for bit here; what is merely inexact, --resume-anyway accepts."""
+        other, inexact = differences(found, self)
+        if other:
+            raise UserError(
+                f"{found.path} was written under other settings: {'; '.join(other)}. Resume with those of its run, or "
+                "start a new run with another --out."
+            )
+        damaged = self.log.damaged(found.state["log"])
+        inexact += [
+            f"{self.out / name} is not what was written before that (missing, cut or changed)" for name in damaged
+        ]
+        if inexact and not self.config.resume_anyway:
+            raise UserError(
+                f"{found.path} cannot be continued bit for bit: {'; '.join(inexact)}. Put that right, or accept it "
+                "with --resume-anyway."
+            )
+        for sentence in inexact:
+            self.log.note(f"going on although {sentence}")
+        for name in damaged:
+            self.log.note(f"{name} starts anew; what was there is now {self.log.set_aside(name)}")
+
+    def identity(self) -> dict[str, str]:
+        """Hashes of what the configuration only names: the student's weights, and the examples with their records."""
+        data = hashlib.sha256()
+        for example in self.examples:
+            data.update(f"{example.key} {self.teacher[example.key].sha256}\n".encode())
+        return {
+            "the student's weights": self.student.fingerprint(),
+            "the tasks or the teacher's records": data.hexdigest(),
+        }
+
+
+def differences(found: checkpoint.Checkpoint, run: Run) -> tuple[list[str], list[str]]:
+    """How a checkpoint differs from what `run` would write: in what is learned, and in no more than its rounding."""
+    other, inexact = [], []
+    now = json.loads(json.dumps(run.config.asdict()))
+    then = found.state["config"]
+    for name in sorted({*now, *then} - NEUTRAL):
+        if now.get(name) != then.get(name):
+            sentence = f"{name} was {then.get(name)} and is {now.get(name)}"
+            (inexact if name in ROUNDING else other).append(sentence)
+    identity = run.identity()
+    other += [f"{what} have changed" for what, value in found.state["identity"].items() if identity[what] != value]
+    here = checkpoint.versions()
+    for package, version in found.versions.items():
+        if here.get(package) != version:
+            inexact.append(f"{package} was {version} and is {here.get(package)}")
+    return other, inexact
 
 
 @contextmanager

@@ -11,6 +11,7 @@ update, never un-merged, so nothing accumulates and rollouts cannot drift.
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import tempfile
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -124,17 +125,22 @@ class Student:
         self.refresh_rollout_weights()
 
     def save_adapter(self, path: Path) -> None:
-        """Write the adapters to the folder `path` in PEFT's own format, as safetensors."""
+        """Write the adapters to the folder `path` in PEFT's own format, as safetensors. UserError when it cannot be."""
         # PEFT's own save_pretrained would also ask the hub about the base and write an empty model card.
         tensors = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         config = copy.copy(self.model.peft_config["default"])
         config.inference_mode = True
-        config.save_pretrained(path)
-        save_file(
-            {n: t.cpu().contiguous() for n, t in tensors.items()},
-            Path(path) / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
+        content = save({n: t.cpu().contiguous() for n, t in tensors.items()}, metadata={"format": "pt"})
+        # One name for what a kill leaves unfinished, so that the next attempt replaces it.
+        unfinished = Path(path) / "adapter_model.safetensors.tmp"
+        try:
+            config.save_pretrained(path)
+            unfinished.write_bytes(content)
+            unfinished.replace(Path(path) / "adapter_model.safetensors")
+        except OSError as error:
+            raise UserError(
+                f"The adapters could not be written to {path} ({error.strerror or error}); make room or rights there."
+            ) from error
 
     def load_adapter(self, path: Path) -> None:
         """Read what `save_adapter` wrote. Raises UserError when it is not there or belongs to another student."""
@@ -149,6 +155,20 @@ class Student:
         if saved.keys() != mine.keys():
             raise UserError(f"The adapter in {path} was made for another student; use the one of its config.json.")
         self.load_adapter_state({mine[name]: tensor.to(self.device) for name, tensor in saved.items()})
+
+    def fingerprint(self) -> str:
+        """sha256 of a sample of the base: of each tensor its name, shape, and the bytes of 256 numbers spread over it.
+
+        Other weights differ everywhere, so the sample finds them; to hash billions of them would take long.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in self.base.named_parameters():
+            if not tensor.requires_grad:
+                flat = tensor.detach().reshape(-1)
+                chosen = flat[:: max(1, flat.numel() // 256)].contiguous().cpu()
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(chosen.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def describe(self) -> str:
         """One line: the student, where it came from, and what is trained."""

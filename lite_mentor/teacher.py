@@ -154,14 +154,18 @@ def read_manifest(path: Path) -> Manifest:
     """manifest.json of a cache's folder, verified. Raises UserError."""
     file, remedy = path / _MANIFEST, _command(path, "--suite", "SUITE", "--source", "SOURCE")
     try:
-        row = _json_object(file.read_bytes())
+        content = file.read_bytes()
+        row = _json_object(content)
         version = row.pop("format", None)
         if version != FORMAT:
             raise UserError(
                 f"{file} has format {str(version)[:20]!r} and this version reads {FORMAT}; delete {path} and fill it "
                 f"again with: {remedy}"
             )
-        return _manifest(row)
+        manifest = _manifest(row)
+        if content != _render_manifest(manifest):  # the seal covers values, and one value can be spelt in several ways
+            raise ValueError("it is not spelt as it was written")
+        return manifest
     except OSError as error:
         raise UserError(
             f"{path} is not a teacher's cache, for its {_MANIFEST} cannot be read ({error.strerror}); "
@@ -291,10 +295,9 @@ class CacheWriter:
         os.fsync(self._file.fileno())
         counts = dict(records=len(self.done), correct=sum(self.done.values()), bytes=self._bytes)
         manifest = dataclasses.replace(self.manifest, **counts, sha256=self._hash.hexdigest())
-        row = {"format": FORMAT, **json.loads(_sealed(dataclasses.asdict(manifest)))}
         temporary = self.path / f"{_MANIFEST}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(row, file, indent=1)
+        with open(temporary, "wb") as file:
+            file.write(_render_manifest(manifest))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path / _MANIFEST)
@@ -344,6 +347,11 @@ def _content(record: TeacherRecord) -> dict[str, Any]:
 def _sealed(row: Mapping[str, Any]) -> bytes:
     """Canonical JSON of the row with its own hash in it."""
     return _canonical({**row, "seal": hashlib.sha256(_canonical(row)).hexdigest()})
+
+
+def _render_manifest(manifest: Manifest) -> bytes:
+    row = {"format": FORMAT, **json.loads(_sealed(dataclasses.asdict(manifest)))}
+    return json.dumps(row, indent=1).encode()
 
 
 def _canonical(row: Mapping[str, Any]) -> bytes:

@@ -142,7 +142,7 @@ def test_rewind_drops_what_will_be_done_again(tmp_path):
         run.rollouts(1, [scored(0, 0, 1.0)], {"k": example()}, str)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "pha')  # cut short by a kill
-    before = {name: (tmp_path / name).read_bytes()[: position[name]] for name in log.LINES}
+    before = {name: (tmp_path / name).read_bytes()[: position[name]["bytes"]] for name in log.LINES}
     with RunLog(tmp_path, CONFIG | {"sft_steps": 9}, total_steps=4, quiet=True, resume=True) as run:
         run.rewind(json.loads(json.dumps(position)))
         assert {name: (tmp_path / name).read_bytes() for name in log.LINES} == before

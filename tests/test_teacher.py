@@ -209,7 +209,7 @@ def rewrite_manifest(path: Path, **changes) -> None:
     row = json.loads((path / "manifest.json").read_text()) | changes
     rest = {k: v for k, v in row.items() if k not in ("seal", "format")}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps({**row, "seal": digest}))
+    (path / "manifest.json").write_text(json.dumps({**row, "seal": digest}, indent=1))
 
 
 @pytest.mark.parametrize(
@@ -240,6 +240,16 @@ def test_a_hostile_manifest_is_refused(tmp_path, changes, reason):
     with pytest.raises(UserError) as caught:
         open_cache(tmp_path)
     assert reason in str(caught.value)
+
+
+def test_a_flip_that_leaves_the_manifests_values_alone_is_found_too(tmp_path):
+    fill(tmp_path, A)
+    rewrite_manifest(tmp_path, suite="caf\xe9")
+    file = tmp_path / "manifest.json"
+    assert open_cache(tmp_path).manifest.suite == "caf\xe9"
+    file.write_bytes(file.read_bytes().replace(rb"\u00e9", rb"\u00E9"))  # one bit, and the same letter
+    with pytest.raises(UserError, match=r"manifest\.json is damaged \(it is not spelt as it was written\)"):
+        open_cache(tmp_path)
 
 
 @pytest.mark.parametrize("text", [b"", b"null", b"[1]", b"\xff", b"[" * 100_000, b'{"format": 1}'])

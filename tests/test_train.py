@@ -100,12 +100,6 @@ def _hash(out: Path) -> str:
     return json.loads(next((out / "checkpoints").glob("*/MANIFEST.json")).read_text())["config_hash"]
 
 
-def test_the_same_seed_writes_the_same_lines(straight, tmp_path):
-    assert run(tmp_path / "again", "--steps", "4", "--save-every", "2", "--temperature", "1.5") == 0
-    for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
-        assert rows(straight / name) == rows(tmp_path / "again" / name), name
-
-
 def test_a_resumed_run_ends_as_if_it_had_never_stopped(straight, tmp_path, monkeypatch):
     out = tmp_path / "stopped"
     real, seen = train.train_step, []
