@@ -51,9 +51,9 @@ class RunLog:
                     f"{self.out} already holds a run ({taken[0]}); choose another --out, "
                     f"or continue that run with --resume {self.out}."
                 )
-            temporary = self.out / "config.json.tmp"
-            temporary.write_bytes(_line(config, indent=1))
-            temporary.replace(self.out / "config.json")
+            self._config = _line(config, indent=1)
+            if not resume:
+                self._write_config()
             self._files = {name: open(self.out / name, "ab", buffering=0) for name in LINES}  # noqa: SIM115
         self._sha256 = {
             name: hashlib.sha256() for name in LINES
@@ -142,9 +142,11 @@ class RunLog:
     def rewind(self, position: Mapping[str, Mapping[str, Any]]) -> None:
         """Drop what was written after `position` (of the checkpoint that is resumed; {}: everything).
 
-        Steps that will be taken again are then not doubled, and neither is a line that a kill cut short.
+        Steps that will be taken again are then not doubled, and neither is a line that a kill cut short. Only now, when
+        the run does go on, are its settings written down: one that is refused leaves the folder as it was.
         """
         with self._writing():
+            self._write_config()
             for name, file in self._files.items():
                 content = (self.out / name).read_bytes()[: position[name]["bytes"] if position else 0]
                 self._sha256[name] = hashlib.sha256(content)
@@ -172,6 +174,11 @@ class RunLog:
                 file.truncate(before)
                 raise
         self._sha256[name].update(line)
+
+    def _write_config(self) -> None:
+        temporary = self.out / "config.json.tmp"
+        temporary.write_bytes(self._config)
+        temporary.replace(self.out / "config.json")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

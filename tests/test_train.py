@@ -166,7 +166,10 @@ def test_resume_of_nothing(capsys, tmp_path):
 
 
 def test_resume_under_other_settings(capsys, straight):
-    assert "other settings" in complaint(capsys, "--resume", str(straight), "--lr", "0.5")
+    before = (straight / "config.json").read_bytes()
+    error = complaint(capsys, "--resume", str(straight), "--lr", "0.5", "--steps", "4", "--lora-rank", "16")
+    assert "other settings: lora_rank was 8 and is 16; lr was 5e-05 and is 0.5. Resume with" in error
+    assert (straight / "config.json").read_bytes() == before
 
 
 def test_missing_student_folder(capsys, tmp_path):
