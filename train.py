@@ -24,8 +24,10 @@ from __future__ import annotations
 import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+
+from torch import Tensor
 
 from lite_mentor import sft
 from lite_mentor.batch import pack
@@ -34,7 +36,7 @@ from lite_mentor.errors import UserError
 from lite_mentor.evaluate import compare, evaluate, suites
 from lite_mentor.log import Stopwatch, peak_memory_bytes
 from lite_mentor.loss import StepMetrics, batch_loss, old_logprobs
-from lite_mentor.optim import apply_gradients, learning_rate, make_optimizer
+from lite_mentor.optim import Diverged, apply_gradients, blame, learning_rate, make_optimizer, unsound
 from lite_mentor.report import write_report
 from lite_mentor.reward import score, summarise
 from lite_mentor.rollout import roll_out
@@ -54,7 +56,12 @@ def train(run: Run) -> None:
         start = 0
     with StopRequest(run) as stop:
         for step in range(start, c.steps):
-            run.log.step(train_step(run, step))
+            try:
+                run.log.step(train_step(run, step))
+            except Diverged:
+                run.guard.passed()  # so that a resumed run has three tries again
+                run.save(step)
+                raise
             if c.eval_every and (step + 1) % c.eval_every == 0 and step + 1 < c.steps:
                 evaluate_suites(run, step + 1, "step")
             if (step + 1) % c.save_every == 0 or step + 1 == c.steps or stop.requested:
@@ -76,7 +83,8 @@ def cold_start(run: Run) -> None:
     run.log.note(f"cold start: {c.sft_steps} supervised steps on {c.sft_steps * c.sft_batch} teacher records")
     chosen = run.examples[: c.sft_steps * c.sft_batch]
     rollouts = [sft.teacher_rollout(run.chat, e, run.teacher[e.key], run.student.eos_ids[0]) for e in chosen]
-    for metrics in sft.cold_start(run.student, make_optimizer(run.student.trainable(), c), rollouts, c):
+    optimizer = make_optimizer(run.student.trainable(), c)
+    for metrics in sft.cold_start(run.student, optimizer, rollouts, c, run.guard):
         run.log.step(metrics)
 
 
@@ -105,7 +113,10 @@ def train_step(run: Run, step: int) -> dict[str, float | None]:
     with watch.stage("score"):
         scored, groups = score(run.by_key, rollouts, run.teacher, c)
     with watch.stage("update"):
-        learned = update(run, [s for s in scored if not groups.zero_variance_G[s.rollout.group]], step)
+        reason = unsound(scored)
+        if reason:
+            run.guard.refused(f"step {step}", scored, reason)
+        learned = update(run, [s for s in scored if not groups.zero_variance_G[s.rollout.group] and not reason], step)
     run.log.rollouts(step, scored, run.by_key, run.chat.decode)
     memory = {
         "memory/peak": peak_memory_bytes(c.device),
@@ -118,34 +129,42 @@ def update(run: Run, scored: Sequence[Scored], step: int) -> dict[str, float | N
     """`updates_per_step` optimizer steps, each on its share of the groups. Without variance anywhere, none."""
     c = run.config
     lr = learning_rate(step, c.steps, peak=c.lr, warmup=c.warmup, schedule=c.schedule)
-    shares = [pack([s.rollout for s in share], [s.advantage for s in share], c.micro_tokens)
-              for share in by_group(scored, c.updates_per_step)]  # fmt: skip
+    parts = by_group(scored, c.updates_per_step)
+    shares = [pack([s.rollout for s in part], [s.advantage for s in part], c.micro_tokens) for part in parts]
     # Any update but the first meets a policy that has moved on, so all old logprobs are taken before the first.
     many = len(shares) > 1
     old = [[old_logprobs(run.student, batch, c) if many else None for batch in share] for share in shares]
     metrics = StepMetrics(len(shares))
     norms = []
-    for share, old_logps in zip(shares, old, strict=True):
-        losses = []
+    for part, share, old_logps in zip(parts, shares, old, strict=True):
+        wrong: list[str] = []
         for batch, old_logp_N in zip(share, old_logps, strict=True):
             out = batch_loss(run.student, batch, c, old_logp_N)
             out.loss.backward()
-            losses.append(metrics.add(out, batch))
-        changed = apply_gradients(run.optimizer, lr=lr, max_norm=c.max_grad_norm, allowed=math.isfinite(sum(losses)))
+            wrong += metrics.add(out, batch)
+        changed = apply_gradients(run.optimizer, lr=lr, max_norm=c.max_grad_norm, allowed=not wrong)
         norms.append(changed.grad_norm)
         if changed.applied:
             run.guard.passed()
         else:
-            run.guard.refused(step, share, f"its losses were {losses} and its gradient norm {changed.grad_norm}")
+            what = ", ".join(sorted({*wrong, *([] if math.isfinite(changed.grad_norm) else ["gradient"])}))
+            where = f"step {step} update {len(norms) - 1}" if many else f"step {step}"
+            run.guard.refused(where, part, f"not finite: {what}; {blame(part, alone(run), run.student.trainable())}")
     return {**metrics.result(), "grad_norm": max(norms, default=None), "lr": lr}
 
 
+def alone(run: Run) -> Callable[[Scored], Tensor]:
+    """The loss of one rollout by itself."""
+    c = run.config
+    return lambda s: batch_loss(run.student, pack([s.rollout], [s.advantage], c.micro_tokens)[0], c).loss
+
+
 def by_group(scored: Sequence[Scored], shares: int) -> list[list[Scored]]:
-    """Split a step's rollouts into at most `shares` parts of whole groups, leaving out what could not be scored."""
+    """Split a step's rollouts into at most `shares` parts of whole groups."""
     groups = sorted({s.rollout.group for s in scored})
     size = -(-len(groups) // shares) or 1
     parts = [set(groups[i : i + size]) for i in range(0, len(groups), size)]
-    return [[s for s in scored if s.rollout.group in part and not math.isnan(s.reward)] for part in parts]
+    return [[s for s in scored if s.rollout.group in part] for part in parts]
 
 
 def evaluate_suites(run: Run, step: int, name: str) -> None:

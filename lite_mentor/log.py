@@ -85,7 +85,9 @@ class RunLog:
         """Write the best and the worst rollout of each group; one line for a group in which all rewards are equal."""
         by_group = itertools.groupby(sorted(scored, key=lambda s: s.rollout.group), key=lambda s: s.rollout.group)
         for _, members in by_group:
-            ranked = sorted((s for s in members if s.reward is not None), key=lambda s: -s.reward)
+            ranked = sorted(
+                (s for s in members if s.reward is not None and math.isfinite(s.reward)), key=lambda s: -s.reward
+            )
             ends = ranked[:1] + [s for s in ranked[-1:] if s.reward < ranked[0].reward]
             for chosen in ends:
                 example, rollout = examples[chosen.rollout.example_key], chosen.rollout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from mentor_kernels import Normaliser, PolicyLossConfig, PolicyLossOut, linear_logprob, linear_policy_loss
 from mentor_kernels.backend import interpreted
@@ -95,16 +97,19 @@ class StepMetrics:
     def __init__(self, updates: int):
         self._updates, self._values, self._tokens = updates, {}, 0
 
-    def add(self, out: PolicyLossOut, batch: Batch) -> float:
-        """Take in one row; returns its loss."""
+    def add(self, out: PolicyLossOut, batch: Batch) -> list[str]:
+        """Take in one row; returns the names of its values that are not finite."""
         self._tokens += len(batch.ids_T)
+        wrong = []
         for name, value in {"loss": out.loss.detach(), **out.metrics}.items():
             name, value = _NAMES.get(name, name), value.item()
+            if not math.isfinite(value):
+                wrong.append(name)
             if name.endswith("max"):
                 self._values[name] = max(self._values.get(name, value), value)
             else:
                 self._values[name] = self._values.get(name, 0.0) + value / self._updates
-        return out.loss.item()
+        return wrong
 
     def result(self) -> dict[str, float]:
         """The step's metrics, under the names of metrics.jsonl."""

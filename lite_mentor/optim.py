@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
+from torch import Tensor
 
 from lite_mentor.config import Config
 from lite_mentor.errors import UserError
-from lite_mentor.types import Batch
+from lite_mentor.types import Rollout, Scored
 
 
 @dataclass(frozen=True)
@@ -58,28 +59,80 @@ def apply_gradients(optimizer: torch.optim.Optimizer, *, lr: float, max_norm: fl
     return Update(norm, applied)
 
 
-class Guard:
-    """Refuses updates that are not finite: keeps the batch that caused one, and ends the run at the third in a row."""
+class Diverged(UserError):
+    """Three updates in a row were refused; the weights are finite, and those before them."""
 
-    def __init__(self, out: Path):
-        self.out, self.in_a_row = out, 0
+
+class Guard:
+    """Refuses updates that are not finite: keeps what caused one, names it, and ends the run at the third in a row."""
+
+    def __init__(self, out: Path, say: Callable[[str], None]):
+        self.out, self.say, self.in_a_row = out, say, 0
 
     def passed(self) -> None:
         """An update was applied."""
         self.in_a_row = 0
 
-    def refused(self, step: int, batches: Sequence[Batch], why: str) -> None:
-        """Write the batches to refused-<step>.safetensors. Raises UserError after three in a row."""
+    def refused(self, where: str, share: Sequence[Scored], why: str) -> None:
+        """Say so, and write the rollouts to refused-<where>.safetensors. Raises Diverged after three in a row."""
         self.in_a_row += 1
-        path = self.out / f"refused-{step:06d}.safetensors"
-        save_file({f"{i}.{name}": value for i, b in enumerate(batches) for name, value in _tensors(b)}, path)
+        path = self.out / f"refused-{where.replace(' ', '-')}.safetensors"
+        rows = [
+            {"example_key": s.rollout.example_key, "group": s.rollout.group, "index": s.rollout.index,
+             "prompt_length": s.rollout.prompt_length, "reward": s.reward, "advantage": s.advantage}
+            for s in share
+        ]  # fmt: skip
+        tensors = {f"{i}.{name}": value for i, s in enumerate(share) for name, value in _tensors(s.rollout)}
+        try:
+            path.write_bytes(save(tensors, metadata={"why": why, "rollouts": json.dumps(rows)}))
+            kept = f"its rollouts are in {path}"
+        except OSError as error:
+            kept = f"its rollouts could not be kept in {path} ({error.strerror or error})"
+        self.say(f"the update of {where} was not applied: {why}; {kept}")
         if self.in_a_row == 3:
-            raise UserError(
-                f"Three updates in a row were refused, the last at step {step} because {why}; the weights are those "
-                f"before them, and the batch is in {path}. Lower --lr, or look for extreme rewards."
+            raise Diverged(
+                f"Three updates in a row were refused, the last at {where}: {why}; the weights are those before them, "
+                f"and {kept}. Lower --lr, or look at those rollouts."
             )
 
 
-def _tensors(batch: Batch) -> list[tuple[str, torch.Tensor]]:
-    values = [(f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch)]
-    return [(name, value) for name, value in values if isinstance(value, torch.Tensor)]
+def unsound(scored: Sequence[Scored]) -> str:
+    """Which numbers that the update starts from are not finite, and whose; "" when all are sound.
+
+    A reward that is not finite spoils its whole group's advantages, so rewards come first.
+    """
+    numbers: dict[str, Callable[[Scored], float]] = {
+        "reward": lambda s: s.reward,
+        "logprob under the sampler": lambda s: s.rollout.behaviour_logp[s.rollout.sampled].sum().item(),
+        "advantage": lambda s: s.advantage,
+    }
+    for name, number in numbers.items():
+        found = [s for s in scored if not math.isfinite(number(s))]
+        if found:
+            return f"the {name} is not finite ({number(found[0])}) of {_names(found)}"
+    return ""
+
+
+def blame(share: Sequence[Scored], loss_of: Callable[[Scored], Tensor], parameters: Sequence[Tensor]) -> str:
+    """Whose loss or gradient is not finite on its own: a forward and a backward for each. Gradients are cleared."""
+    found = []
+    for s in share:
+        loss = loss_of(s)
+        loss.backward()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not all(bool(x.isfinite().all()) for x in [loss.detach(), *gradients]):
+            found.append(s)
+        for parameter in parameters:
+            parameter.grad = None
+    return f"on its own it is that of {_names(found)}" if found else "no rollout alone does that, only all together"
+
+
+def _names(scored: Sequence[Scored]) -> str:
+    first = [
+        f"example {s.rollout.example_key} (group {s.rollout.group}, rollout {s.rollout.index})" for s in scored[:3]
+    ]
+    return ", ".join(first) + (f" and {len(scored) - 3} more" if len(scored) > 3 else "")
+
+
+def _tensors(rollout: Rollout) -> list[tuple[str, Tensor]]:
+    return [("ids", rollout.ids), ("sampled", rollout.sampled), ("behaviour_logp", rollout.behaviour_logp)]

@@ -83,7 +83,7 @@ def score(
 
 def summarise(scored: Sequence[Scored], out: AdvantageOut) -> dict[str, float | None]:
     """A step's reward metrics: mean and spread of the reward, the mean of each term, and how the episodes went."""
-    rewards = [s.reward for s in scored if not math.isnan(s.reward)]
+    rewards = [s.reward for s in scored if math.isfinite(s.reward)]
     rollouts = [s.rollout for s in scored]
     calls = [call for r in rollouts for call in r.calls]
     n = len(rollouts)

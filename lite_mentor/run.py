@@ -210,7 +210,7 @@ def prepare(config: Config) -> Iterator[Run]:
             run_call=lambda raw, example: run_call(raw, example.tools, run_path=sandbox.call),
             limits=Limits(config.max_turns, config.max_new_tokens, config.max_prompt_tokens),
             sampling=Sampling(config.temperature, config.top_k, config.top_p),
-            guard=Guard(out),
+            guard=Guard(out, log.note),
         )
 
 

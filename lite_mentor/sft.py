@@ -6,6 +6,7 @@ ones RL uses. The support gate asks first whether a cold start is needed at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,10 +14,10 @@ import torch
 from lite_mentor.batch import pack
 from lite_mentor.config import Config
 from lite_mentor.loss import logprobs
-from lite_mentor.optim import apply_gradients, learning_rate
+from lite_mentor.optim import Guard, apply_gradients, blame, learning_rate
 from lite_mentor.prompt import Chat
 from lite_mentor.student import Student
-from lite_mentor.types import Batch, Example, Rollout, TeacherRecord
+from lite_mentor.types import Batch, Example, Rollout, Scored, TeacherRecord
 
 ENOUGH_SUPPORT = 0.5
 """A student with at least this share of working episodes needs no cold start."""
@@ -71,12 +72,18 @@ def cold_start(
     optimizer: torch.optim.Optimizer,
     rollouts: Sequence[Rollout],
     config: Config,
+    guard: Guard,
     start: int = 0,
 ) -> Iterator[dict[str, float]]:
     """Take `config.sft_steps` supervised steps over the teacher's rollouts, yielding each step's metrics.
 
-    Step k always sees the same records, so a run may be continued at any `start`.
+    Step k always sees the same records, so a run may be continued at any `start`. Updates that are not finite are not
+    applied; raises Diverged after three in a row.
     """
+
+    def loss_alone(s: Scored) -> torch.Tensor:
+        return sft_loss(student, pack([s.rollout], [0.0], config.micro_tokens)[0], config.kernel_backend)
+
     for step in range(start, config.sft_steps):
         chosen = [rollouts[(step * config.sft_batch + i) % len(rollouts)] for i in range(config.sft_batch)]
         batches = pack(chosen, [0.0] * len(chosen), config.micro_tokens)
@@ -86,7 +93,13 @@ def cold_start(
             part.backward()
             loss += part.item()
         lr = learning_rate(step, config.sft_steps, peak=config.sft_lr, warmup=3, schedule="cosine")
-        update = apply_gradients(optimizer, lr=lr, max_norm=config.max_grad_norm)
+        update = apply_gradients(optimizer, lr=lr, max_norm=config.max_grad_norm, allowed=math.isfinite(loss))
+        if update.applied:
+            guard.passed()
+        else:
+            share = [Scored(rollout, {}, None, None) for rollout in chosen]
+            why = f"its loss is {loss} and its gradient norm {update.grad_norm}"
+            guard.refused(f"cold start step {step}", share, f"{why}; {blame(share, loss_alone, student.trainable())}")
         yield {
             "step": step,
             "phase": "sft",

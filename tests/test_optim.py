@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
-from lite_mentor.batch import pack
 from lite_mentor.config import PRESETS
-from lite_mentor.errors import UserError
-from lite_mentor.optim import Guard, apply_gradients, learning_rate, make_optimizer
+from lite_mentor.optim import Diverged, Guard, apply_gradients, blame, learning_rate, make_optimizer, unsound
+from lite_mentor.types import Scored
 from tests.test_batch import rollout
 
 
@@ -45,16 +48,64 @@ def test_a_refused_update_leaves_everything_as_it_was(gradient, allowed):
     assert parameter.grad is None
 
 
-def test_the_guard_keeps_the_batch_and_ends_the_run_at_the_third_in_a_row(tmp_path):
-    batches = pack([rollout([1, 2], [(3, 1)])], [1.0], 10)
-    guard = Guard(tmp_path)
-    guard.refused(4, batches, "a test")
-    guard.refused(5, batches, "a test")
+def one(index: int, reward: float = 1.0, advantage: float = 0.5, logp: float = -1.0) -> Scored:
+    r = rollout([1, 2], [(3, 1)], group=4, index=index)
+    logp_T = torch.tensor([float("nan"), float("nan"), logp])  # before the first sampled token there is none
+    return Scored(dataclasses.replace(r, behaviour_logp=logp_T), {}, reward, advantage)
+
+
+def test_the_guard_keeps_the_rollouts_and_ends_the_run_at_the_third_in_a_row(tmp_path):
+    said = []
+    guard = Guard(tmp_path, said.append)
+    guard.refused("step 4", [one(0)], "a test")
+    guard.refused("step 5", [one(0)], "a test")
     guard.passed()
-    guard.refused(6, batches, "a test")
-    guard.refused(7, batches, "a test")
-    with pytest.raises(UserError, match="Three updates in a row were refused, the last at step 8 because a test"):
-        guard.refused(8, batches, "a test")
-    kept = load_file(tmp_path / "refused-000008.safetensors")
-    assert kept["0.ids_T"].tolist() == [1, 2]
-    assert kept["0.targets_N"].tolist() == [3]
+    guard.refused("step 6", [one(0)], "a test")
+    guard.refused("step 7", [one(0)], "a test")
+    with pytest.raises(Diverged, match="Three updates in a row were refused, the last at step 8: a test; the weights"):
+        guard.refused("step 8", [one(0), one(7, reward=math.inf)], "a test")
+    path = tmp_path / "refused-step-8.safetensors"
+    assert said[-1] == f"the update of step 8 was not applied: a test; its rollouts are in {path}"
+    with safe_open(path, "pt") as kept:
+        assert kept.get_tensor("1.ids").tolist() == [1, 2, 3]
+        assert kept.get_tensor("1.sampled").tolist() == [False, False, True]
+        assert kept.get_tensor("1.behaviour_logp")[2] == -1
+        assert kept.metadata()["why"] == "a test"
+        assert json.loads(kept.metadata()["rollouts"])[1] == {
+            "example_key": "4", "group": 4, "index": 7, "prompt_length": 2, "reward": math.inf, "advantage": 0.5
+        }  # fmt: skip
+
+
+def test_a_full_disk_does_not_hide_what_was_refused(tmp_path):
+    said = []
+    Guard(tmp_path / "gone", said.append).refused("step 4", [one(0)], "a test")
+    assert said[0].startswith("the update of step 4 was not applied: a test; its rollouts could not be kept in ")
+    assert "No such file" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, ""),
+        (dict(reward=math.nan), "the reward is not finite (nan) of example 4 (group 4, rollout 1)"),
+        (dict(reward=math.inf, advantage=math.nan), "the reward is not finite (inf) of example 4 (group 4, rollout 1)"),
+        (dict(logp=-math.inf), "the logprob under the sampler is not finite (-inf) of example 4 (group 4, rollout 1)"),
+        (dict(advantage=math.nan), "the advantage is not finite (nan) of example 4 (group 4, rollout 1)"),
+    ],
+)
+def test_what_an_update_starts_from_must_be_finite(changes, sentence):
+    assert unsound([one(0), one(1, **changes), one(2)]) == sentence
+
+
+def test_at_most_three_are_named():
+    names = "example 4 (group 4, rollout 0), example 4 (group 4, rollout 1), example 4 (group 4, rollout 2) and 2 more"
+    assert unsound([one(i, reward=math.inf) for i in range(5)]) == f"the reward is not finite (inf) of {names}"
+
+
+def test_the_rollout_whose_loss_or_gradient_is_not_finite_is_found():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    losses = {0: lambda: weight.sum(), 1: lambda: weight.sum() * math.nan, 2: lambda: weight.sqrt().sum()}
+    whose = blame([one(0), one(1), one(2)], lambda s: losses[s.rollout.index](), [weight])
+    assert whose == "on its own it is that of example 4 (group 4, rollout 1), example 4 (group 4, rollout 2)"
+    assert weight.grad is None
+    assert blame([one(0)], lambda s: weight.sum(), [weight]) == "no rollout alone does that, only all together"

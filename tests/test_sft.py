@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from lite_mentor import sft
 from lite_mentor.batch import pack
 from lite_mentor.config import PRESETS
-from lite_mentor.optim import make_optimizer
+from lite_mentor.optim import Diverged, Guard, make_optimizer
 from lite_mentor.prompt import Chat
 from lite_mentor.student import load_student
 from lite_mentor.tasks import load_suite
@@ -65,12 +66,13 @@ def test_it_learns_and_continues_where_it_stopped(examples):
         student, chat = fresh()
         rollouts = [sft.teacher_rollout(chat, e, record(e), student.eos_ids[0]) for e in examples]
         optimizer = make_optimizer(student.trainable(), CONFIG)
+        guard = Guard(Path("unused"), print)
         losses = []
-        for metrics in sft.cold_start(student, optimizer, rollouts, CONFIG):
+        for metrics in sft.cold_start(student, optimizer, rollouts, CONFIG, guard):
             losses.append(metrics["loss"])
             if metrics["step"] + 1 == stop_at:
                 break
-        for metrics in sft.cold_start(student, optimizer, rollouts, CONFIG, start=stop_at or CONFIG.sft_steps):
+        for metrics in sft.cold_start(student, optimizer, rollouts, CONFIG, guard, start=stop_at or CONFIG.sft_steps):
             losses.append(metrics["loss"])
         return losses, torch.cat([p.detach().flatten() for p in student.trainable()])
 
@@ -79,6 +81,27 @@ def test_it_learns_and_continues_where_it_stopped(examples):
     assert straight == continued
     assert torch.equal(weights, same)
     assert straight[-1] < straight[0]
+
+
+def test_a_record_that_breaks_the_loss_is_named_and_three_in_a_row_end_it(examples, tmp_path, monkeypatch):
+    student, chat = fresh()
+    rollouts = [sft.teacher_rollout(chat, e, record(e), student.eos_ids[0]) for e in examples[:4]]
+    rollouts[1].ids[rollouts[1].prompt_length + 1] = bell = 7  # a byte that no other record has
+    before = torch.cat([p.detach().flatten().clone() for p in student.trainable()])
+    real = sft.logprobs
+
+    def logprobs(student, batch, **how):
+        logp_N, entropy_N = real(student, batch, **how)
+        return (logp_N * float("inf") if bell in batch.ids_T.tolist() else logp_N), entropy_N
+
+    monkeypatch.setattr(sft, "logprobs", logprobs)
+    said, optimizer = [], make_optimizer(student.trainable(), CONFIG)
+    with pytest.raises(Diverged, match="Three updates in a row were refused, the last at cold start step 2"):
+        list(sft.cold_start(student, optimizer, rollouts, CONFIG, Guard(tmp_path, said.append)))
+    assert len(said) == 3
+    assert all(f"example {examples[1].key} (group 0, rollout 0)" in sentence for sentence in said)
+    assert torch.equal(before, torch.cat([p.detach().flatten() for p in student.trainable()]))
+    assert len(list(tmp_path.glob("refused-cold-start-step-*.safetensors"))) == 3
 
 
 def test_support_counts_episodes_in_which_a_call_worked(examples):

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
@@ -137,6 +139,29 @@ def test_several_updates_a_step_take_old_logprobs_before_the_first(tmp_path):
     learned = [m for m in rows(out / "metrics.jsonl") if m["phase"] == "rl" and m["advantage/zero_variance"] < 0.5]
     assert learned
     assert any(m["ratio/max"] > 1.0 for m in learned)  # the second update meets a policy that has moved
+
+
+def test_rewards_that_are_not_finite_stop_the_updates_and_three_in_a_row_the_run(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    real = train.score
+
+    def broken(examples, rollouts, teacher, config):
+        scored, groups = real(examples, rollouts, teacher, config)
+        return [replace(scored[0], reward=float("inf")), *scored[1:]], groups
+
+    monkeypatch.setattr(train, "score", broken)
+    flags = ["--sft-steps", "1", "--eval-size", "2", "--steps", "4", "--save-every", "4"]
+    assert run(out, *flags) == 2
+    printed = capsys.readouterr()
+    key = json.loads((out / "rollouts.jsonl").read_text().splitlines()[0])["example_key"]
+    assert f"the update of step 0 was not applied: the reward is not finite (inf) of example {key} (gr" in printed.out
+    assert "Three updates in a row were refused, the last at step 2" in printed.err
+    assert sorted(p.name for p in out.glob("refused-*")) == [f"refused-step-{i}.safetensors" for i in range(3)]
+    first, last = (load_file(out / "checkpoints" / f"step-00000{i}" / "adapter.safetensors") for i in (0, 2))
+    assert all(torch.equal(first[name], last[name]) for name in first)
+    monkeypatch.undo()
+    assert train.main(["--resume", str(out)]) == 0
+    assert [m["step"] for m in rows(out / "metrics.jsonl") if m["phase"] == "rl"] == [0, 1, 2, 3]
 
 
 # --- what a user can get wrong: one clear sentence each -------------------------------------------------------------
