@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 
 from bench import all as everything
-from bench import arms, attacks, keep_rate, kernels, rollout, soak, step
+from bench import arms, attacks, fuzz, keep_rate, kernels, rollout, soak, step
 from lite_mentor.errors import UserError
 
 COMMANDS = {
     "all": everything.main,
     "arms": arms.main,
     "attacks": attacks.main,
+    "fuzz": fuzz.main,
     "kernels": kernels.main,
     "rollout": rollout.main,
     "soak": soak.main,

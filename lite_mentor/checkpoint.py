@@ -158,8 +158,10 @@ def _read(path: Path) -> Checkpoint:
             if name.endswith(".safetensors")
         }
         state = json.loads(contents["state.json"])
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise _Unsound(f"its files are hashed but cannot be parsed ({error})") from error
+        if not isinstance(state, dict):
+            raise ValueError("state.json is not an object")
+    except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise _Unsound(f"its files are hashed but cannot be parsed ({str(error)!r})") from error
     return Checkpoint(path, manifest["step"], tensors, state, manifest["config_hash"], manifest["versions"])
 
 
@@ -174,8 +176,11 @@ def _read_manifest(path: Path) -> dict:
             raise _Unsound(f"its format is {manifest['format']!r} and this version reads {FORMAT}")
         if f"step-{manifest['step']:06d}" != path.name:
             raise _Unsound(f"MANIFEST.json is that of step {manifest['step']}")
+        if not isinstance(manifest["config_hash"], str):
+            raise _Unsound("MANIFEST.json does not say under which settings it was written")
         if not all(
-            _FILE.fullmatch(name) and {*entry} == {"size", "sha256"} for name, entry in manifest["files"].items()
+            _FILE.fullmatch(name) and isinstance(entry, dict) and {*entry} == {"size", "sha256"}
+            for name, entry in manifest["files"].items()
         ):
             raise _Unsound("MANIFEST.json names files that no checkpoint has")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

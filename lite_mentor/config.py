@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -257,7 +259,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     argv = list(sys.argv[1:] if argv is None else argv)
     resume, name = _value(argv, "--resume"), _value(argv, "--preset") or "quick"
     if name not in PRESETS:
-        raise UserError(f"--preset {name}: there is no such preset; choose one of {', '.join(PRESETS)}.")
+        raise UserError(f"--preset {name!r}: there is no such preset; choose one of {', '.join(PRESETS)}.")
     # A resumed run goes on under the settings that it wrote down, so that none has to be typed again.
     default = load(os.path.join(resume, "config.json")) if resume else PRESETS[name]
     config = tyro.cli(Config, args=argv, default=default, prog="train.py")
@@ -281,9 +283,24 @@ def load(path: str) -> Config:
     try:
         with open(path, encoding="utf-8") as file:
             data = json.load(file)
-        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        for name, kind in get_type_hints(Config).items():
+            if name not in data or not _fits(getattr(config, name), kind):
+                raise ValueError(f"{name} is {repr(data[name])[:40] if name in data else 'missing'}")
+        return config
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not the configuration of a run of this version: {error}.") from error
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Is it a value that a field of this type may have?"""
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in inner
+    if get_origin(kind) is tuple:
+        kinds = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def check(config: Config) -> None:
@@ -294,6 +311,14 @@ def check(config: Config) -> None:
     for name in positive:
         if not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be greater than 0.")
+    for name in ("seed", "sft_steps", "warmup", "weight_decay", "beta", "tis_cap", "eval_every", "clip"):
+        values = getattr(config, name) if name == "clip" else (getattr(config, name),)
+        if not all(value >= 0 for value in values):
+            raise UserError(f"--{name.replace('_', '-')} is {values[0]}; it must not be negative.")
+    for name, value in config.asdict().items():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, float) and not math.isfinite(part):
+                raise UserError(f"--{name.replace('_', '-')} is {part}; it must be finite.")
     if config.group_size < 2:
         raise UserError("--group-size is 1, so no rollout has another to be compared with; use 2 or more.")
     if config.cache_gib < 0:
@@ -311,7 +336,7 @@ def check(config: Config) -> None:
             f"--micro-tokens {config.micro_tokens} cannot hold one rollout of up to {longest} tokens "
             f"(--max-prompt-tokens + --max-new-tokens); raise it to {longest} or shorten the rollouts."
         )
-    if config.device not in ("auto", "cpu") and not config.device.startswith("cuda"):
-        raise UserError(f"--device {config.device}: use auto, cpu or cuda.")
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", config.device):
+        raise UserError(f"--device {config.device!r}: use auto, cpu or cuda.")
     if not config.levels:
         raise UserError("--levels is empty; name at least one level, such as --levels 1 2.")

@@ -3,15 +3,17 @@
 Tokens in, tokens out: what the student sampled is never encoded again. A prompt is encoded once; a tool's result is
 encoded once, as the suffix that the chat template would put after the turn, and appended.
 
-Text that is not ours (questions, tool results) can never become a special token: the template is rendered around
-placeholders, and only the template's own words are encoded with special tokens switched on.
+Text that is not ours (questions, tools, their results) can never become a special token, nor open or close a turn, a
+call or a result. The template is rendered around placeholders, and only its own words are encoded with special tokens
+switched on. Where outside text spells such a mark it is encoded in two parts: it reads the same, in other tokens.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,9 +24,11 @@ from lite_mentor.types import Example, ToolSpec
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 RESULT_OPEN, RESULT_CLOSE = "<tool_response>", "</tool_response>"
 
-# Private-use characters: no tokenizer's template treats them specially, and _inert removes them from outside text.
+# Private-use characters: no tokenizer's template treats them specially, and in outside text they are broken.
 _SLOT = "\ue000{}\ue001"
 _SLOT_PATTERN = re.compile("\ue000([0-9]+)\ue001")
+_BREAK = "\udead"
+"""Text is encoded in parts between these: half a character, so that outside text cannot hold it (see _inert)."""
 
 _SYSTEM = (
     "You solve problems by calling tools. To call one, write "
@@ -53,6 +57,12 @@ class Chat:
                 "or add a chat_template to its tokenizer_config.json."
             )
         self.tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids) | {
+            i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        marks = self._marks()
+        self._breaks = _breaks_of(marks | {CALL_OPEN, CALL_CLOSE})
+        self._breaks_of_turns = _breaks_of(marks - {CALL_OPEN, CALL_CLOSE})
         probe = [{"role": "user", "content": "x"}]
         schema = json_schema(ToolSpec("probe_tool", "probes", {"type": "object", "properties": {}}))
         with_tools = self._render(probe, tools=[schema], generate=True)
@@ -62,27 +72,28 @@ class Chat:
     def prompt_ids(self, example: Example) -> list[int]:
         """The conversation up to the point where the student speaks."""
         if self.native_tools:
-            tools = [json_schema(tool) for tool in example.tools]
-            messages, slots = [_slot("user", 0)], [example.question + ASK_FOR_BOX]
+            tools = [self._guarded(json_schema(tool)) for tool in example.tools]
+            messages, slots = [_slot("user", 0)], [self._guard(example.question) + ASK_FOR_BOX]
         else:
             tools = None
-            system = _SYSTEM + "\n".join(signature(tool) for tool in example.tools)
-            messages, slots = [_slot("system", 0), _slot("user", 1)], [system, example.question]
+            system = _SYSTEM + self._guard("\n".join(signature(tool) for tool in example.tools))
+            messages, slots = [_slot("system", 0), _slot("user", 1)], [system, self._guard(example.question)]
         return self._encode(self._render(messages, tools=tools, generate=True), slots)
 
     def result_ids(self, results: Sequence[str]) -> list[int]:
         """What follows an assistant turn that closed itself: the results, and the opening of the next turn."""
         messages = [_slot("user", 0), _slot("assistant", 1)]
+        results = [self._guard(result) for result in results]
         if self.native_tools:
             messages += [_slot("tool", 2 + i) for i in range(len(results))]
-            slots = list(results)
+            slots = results
         else:
             messages.append(_slot("user", 2))
             slots = ["\n".join(f"{RESULT_OPEN}{result}{RESULT_CLOSE}" for result in results)]
         rendered = self._render(messages, tools=None, generate=True)
         suffix = rendered.split(_SLOT.format(1), 1)[1]
         ids = self._encode(suffix, ["", "", *slots])
-        if not ids or ids[0] not in self.tokenizer.all_special_ids:
+        if not ids or ids[0] not in self._special:
             raise UserError(
                 f"The chat template of {self.tokenizer.name_or_path} does not close an assistant turn with a special "
                 "token, so turns cannot be appended; use another student."
@@ -91,7 +102,7 @@ class Chat:
 
     def turn_ids(self, text: str, end_id: int) -> list[int]:
         """A teacher's assistant turn as tokens, closed by `end_id` as the student would close it."""
-        return [*self._plain(text), end_id]
+        return [*self._plain(self._breaks_of_turns.sub(_broken, _inert(text))), end_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Tokens as text, special tokens shown."""
@@ -106,15 +117,37 @@ class Chat:
         for i, piece in enumerate(_SLOT_PATTERN.split(rendered)):
             if i % 2:
                 ids += self._plain(slots[int(piece)].strip())
-            elif piece:
-                ids += self.tokenizer.encode(piece, add_special_tokens=False)
+            else:  # with breaks in it where a template wrote tools into its own text
+                for part in filter(None, piece.split(_BREAK)):
+                    ids += self.tokenizer.encode(part, add_special_tokens=False)
         return ids
 
-    def _plain(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(_inert(text), add_special_tokens=False, split_special_tokens=True)
-        special = set(self.tokenizer.all_special_ids)
-        assert not special.intersection(ids), "outside text was encoded as a special token"
+    def _plain(self, guarded: str) -> list[int]:
+        parts = [part for part in guarded.split(_BREAK) if part]
+        ids = [i for p in parts for i in self.tokenizer.encode(p, add_special_tokens=False, split_special_tokens=True)]
+        assert not self._special.intersection(ids), "outside text was encoded as a special token"
         return ids
+
+    def _guard(self, text: str) -> str:
+        """Outside text with a break in every mark that it spells; nearly always the text itself."""
+        return self._breaks.sub(_broken, _inert(text))
+
+    def _guarded(self, schema: Any) -> Any:
+        """A tool's description, every text in it guarded: the template, which knows tools, writes them itself."""
+        if isinstance(schema, dict):
+            return {self._guarded(key): self._guarded(value) for key, value in schema.items()}
+        if isinstance(schema, (list, tuple)):
+            return [self._guarded(value) for value in schema]
+        return self._guard(schema) if isinstance(schema, str) else schema
+
+    def _marks(self) -> set[str]:
+        """What outside text must not say in one token: special tokens, our tags, and what the template's turns add."""
+        added = self.tokenizer.added_tokens_decoder
+        messages = [_slot("user", 0), _slot("assistant", 1), _slot("user", 2)]
+        frame = _SLOT_PATTERN.sub(_BREAK, self._render(messages, tools=None, generate=True)).split(_BREAK)
+        used = {i for part in frame for i in self.tokenizer.encode(part, add_special_tokens=False)}
+        names = {added[i].content for i in used & set(added)} | {t.content for t in added.values() if t.special}
+        return names | {*self.tokenizer.all_special_tokens, RESULT_OPEN, RESULT_CLOSE}
 
 
 def parse_turn(text: str) -> Turn:
@@ -131,6 +164,16 @@ def parse_turn(text: str) -> Turn:
 
 def _slot(role: str, index: int) -> dict[str, str]:
     return {"role": role, "content": _SLOT.format(index)}
+
+
+def _breaks_of(marks: Iterable[str]) -> re.Pattern[str]:
+    """The first character of each of these marks, and of a slot."""
+    firsts = [f"{re.escape(mark[0])}(?={re.escape(mark[1:])})" for mark in sorted(marks) if len(mark) > 1]
+    return re.compile("|".join([*firsts, _SLOT[0]]))
+
+
+def _broken(first: re.Match[str]) -> str:
+    return first[0] + _BREAK
 
 
 def _inert(text: str) -> str:

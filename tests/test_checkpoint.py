@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -69,6 +70,34 @@ def test_nan_in_the_state_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         save(tmp_path, 1, tensors={}, state={"loss": float("nan")}, config_hash="h", keep=1)
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("config_hash", None, "does not say under which settings"),
+        ("files", {"state.json": ["size", "sha256"]}, "names files that no checkpoint has"),
+        ("files", {}, "'state.json'"),
+        ("step", "1", "is not a manifest"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_refused_though_its_hash_is_right(tmp_path, field, value, reason):
+    path = write(tmp_path, 1) / "MANIFEST.json"
+    manifest = {**json.loads(path.read_text()), field: value}
+    path.write_bytes(checkpoint._canonical({**manifest, "sha256": checkpoint._digest(manifest)}))
+    with pytest.raises(UserError, match=reason):
+        load(tmp_path, config_hash="h")
+
+
+@pytest.mark.parametrize("content", [b"0", b"[]", b"null", b"[" * 100_000])
+def test_a_state_that_is_no_object_is_refused_though_its_hash_is_right(tmp_path, content):
+    path = write(tmp_path, 1)
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    manifest["files"]["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "state.json").write_bytes(content)
+    (path / "MANIFEST.json").write_bytes(checkpoint._canonical({**manifest, "sha256": checkpoint._digest(manifest)}))
+    with pytest.raises(UserError, match="its files are hashed but cannot be parsed"):
+        load(tmp_path, config_hash="h")
 
 
 def test_other_settings_are_an_error_and_not_a_fresh_start(tmp_path):

@@ -57,7 +57,15 @@ def test_unknown_preset_names_the_presets():
         (["--updates-per-step", "3"], "does not divide"),
         (["--micro-tokens", "100"], "--micro-tokens 100 cannot hold one rollout"),
         (["--device", "tpu"], "use auto, cpu or cuda"),
+        (["--device", "cudax"], "use auto, cpu or cuda"),
+        (["--device", "c\n"], "--device 'c\\n': use auto"),
+        (["--preset", "a\nb"], "--preset 'a\\nb': there is no such preset"),
         (["--temperature", "nan"], "--temperature is nan"),
+        (["--entropy", "nan"], "--entropy is nan; it must be finite"),
+        (["--lr", "inf"], "--lr is inf; it must be finite"),
+        (["--clip", "0.1", "inf"], "--clip is inf; it must be finite"),
+        (["--clip", "-0.1", "0.2"], "--clip is -0.1; it must not be negative"),
+        (["--sft-steps", "-1"], "--sft-steps is -1; it must not be negative"),
     ],
 )
 def test_a_setting_that_cannot_work_is_one_sentence(flags, sentence):
@@ -78,6 +86,41 @@ def test_config_json_round_trip(tmp_path):
 def test_a_foreign_config_json_is_one_sentence(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)
+    with pytest.raises(UserError, match="not the configuration of a run"):
+        load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("lr", None, "lr is None"),
+        ("lora_alpha", [64], r"lora_alpha is \[64\]"),
+        ("seed", "0", "seed is '0'"),
+        ("check", 1, "check is 1"),
+        ("steps", True, "steps is True"),
+        ("steps", 3.0, "steps is 3.0"),
+        ("loss", "no", "loss is 'no'"),
+        ("reward", {"a": 1}, "reward is"),
+        ("clip", [0.1], r"clip is \[0.1\]"),
+        ("levels", ["1"], r"levels is \['1'\]"),
+        ("eval_suites", "test", "eval_suites is 'test'"),
+    ],
+)
+def test_a_config_json_with_a_value_of_another_type_is_one_sentence(tmp_path, field, value, shown):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**PRESETS["tiny"].asdict(), field: value}))
+    with pytest.raises(UserError, match=f"not the configuration of a run of this version: {shown}"):
+        load(str(path))
+
+
+def test_a_config_json_that_lacks_a_field_or_is_nested_too_deeply_is_one_sentence(tmp_path):
+    path = tmp_path / "config.json"
+    row = PRESETS["tiny"].asdict()
+    del row["tis_cap"]
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match="of this version: tis_cap is missing"):
+        load(str(path))
+    path.write_text("[" * 100_000)
     with pytest.raises(UserError, match="not the configuration of a run"):
         load(str(path))
 

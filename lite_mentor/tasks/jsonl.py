@@ -69,7 +69,7 @@ def read_tasks(path: str | Path, *, quarantine: Path) -> list[Example]:
             examples[example.key] = example
         except _BadRow as error:
             bad += not isinstance(error, _Unsupported)
-            rejected.append({"line": line, "reason": str(error), "row": _text(row)[:500]})
+            rejected.append({"line": line, "reason": _printable(str(error)), "row": _text(row)[:500]})
     if total == 0:
         raise UserError(f"{path} holds no tasks; write one JSON object a line, as lite_mentor/tasks/jsonl.py shows.")
     _write_quarantine(quarantine, rejected)
@@ -203,7 +203,7 @@ def _user_tool(path: str) -> ToolSpec:
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
         raise _BadRow(f"the tool {path} cannot be imported ({error}); is its folder on PYTHONPATH?") from error
     if not callable(function):
         raise _BadRow(f"the tool {path} is not a function")
@@ -259,6 +259,11 @@ def _schema_names(schemas: Any) -> Sequence[str]:
 
 def _text(row: bytes | Mapping[str, Any]) -> str:
     return row.decode("utf-8", "replace") if isinstance(row, bytes) else json.dumps(row, default=str)
+
+
+def _printable(text: str) -> str:
+    """One line without control characters: reasons quote the file, and end on a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _write_quarantine(quarantine: Path, rejected: Sequence[Mapping[str, Any]]) -> None:
