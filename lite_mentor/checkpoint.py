@@ -176,8 +176,8 @@ def _read_manifest(path: Path) -> dict:
             raise _Unsound(f"its format is {manifest['format']!r} and this version reads {FORMAT}")
         if f"step-{manifest['step']:06d}" != path.name:
             raise _Unsound(f"MANIFEST.json is that of step {manifest['step']}")
-        if not isinstance(manifest["config_hash"], str):
-            raise _Unsound("MANIFEST.json does not say under which settings it was written")
+        if not isinstance(manifest["config_hash"], str) or not isinstance(manifest["versions"], dict):
+            raise _Unsound("MANIFEST.json does not say under which settings and versions it was written")
         if not all(
             _FILE.fullmatch(name) and isinstance(entry, dict) and {*entry} == {"size", "sha256"}
             for name, entry in manifest["files"].items()
