@@ -77,8 +77,8 @@ class Config:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
 
-    task: str = "math"
-    """Training tasks: a built-in suite (math, tiny, gsm_symbolic) or a path to a .jsonl or .parquet file."""
+    task: str = "math_varied"
+    """Training tasks: a built-in suite (math_varied, math, gsm_symbolic, tiny), or a .jsonl or .parquet file."""
     levels: tuple[int, ...] = (1,)
     """Difficulty of the built-in tasks, as the number of calls a solution needs."""
     train_size: int = 2000
@@ -180,6 +180,7 @@ class Config:
 
 
 _PAPER = dict(
+    task="math",
     student="Qwen/Qwen3-1.7B",
     quant="nf4",
     lora_rank=32,
