@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_mentor.errors import UserError
-from lite_mentor.isolation import Way, kernel
+from lite_mentor.isolation import Way, counts_processes
 from lite_mentor.prompt import Chat
 from lite_mentor.sandbox import Sandbox, find_way, problem_with
 from lite_mentor.tasks.jsonl import python_tool
@@ -166,8 +166,7 @@ ATTACKS = {"tool": TOOL_ATTACKS, "python": PYTHON_ATTACKS, "calculator": CALCULA
 def enforced(attack: Attack, way: Way) -> bool:
     """Should it be contained where workers are started this way? What should not is not tried."""
     if attack.by == LIMIT:
-        root_is_counted = way == "user namespaces" and kernel() >= (6, 14)
-        return way != "limits only" and (os.geteuid() != 0 or root_is_counted)
+        return way != "limits only" and counts_processes(way)
     return way != "limits only" or not attack.by.startswith(NAMESPACES)
 
 

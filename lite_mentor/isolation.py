@@ -52,13 +52,23 @@ def unavailable(way: Way) -> str:
     """Why this way need not be tried on this machine; "" when it may work."""
     if sys.platform != "linux" or kernel() < (5, 14):
         return "namespaces need Linux 5.14 or newer"  # there, processes are counted for each namespace
+    if not os.path.exists("/proc/self/ns/pid"):
+        return "namespaces need /proc"
     if way == "bubblewrap" and shutil.which("bwrap") is None:
         return "bubblewrap is not installed"
     return ""
 
 
-def look(pid: int, folder: str, abstract_socket: str) -> str:
-    """Called in a worker: what it can do to the process, folder and socket of its trainer, in words; "" is nothing."""
+def counts_processes(way: Way) -> bool:
+    """Can a worker be kept from starting any number of processes? The kernel does not count those of root otherwise."""
+    return os.geteuid() != 0 or (way == "user namespaces" and kernel() >= (6, 14))
+
+
+def look(namespace: str, folder: str, abstract_socket: str) -> str:
+    """Called in a worker: what it can do to the trainer, in words; "" is nothing.
+
+    `namespace` is what /proc calls the trainer's namespace of processes, the others are a folder and a socket of it.
+    """
     found = []
     if os.path.exists("/etc/passwd"):
         found.append("read your files")
@@ -68,9 +78,9 @@ def look(pid: int, folder: str, abstract_socket: str) -> str:
     with contextlib.suppress(OSError):
         socket.socket(socket.AF_UNIX).connect(f"\0{abstract_socket}")  # such names belong to the network
         found.append("use the network")
-    with contextlib.suppress(OSError):
-        os.kill(pid, 0)
-        found.append("signal your processes")
+    with contextlib.suppress(OSError):  # without a /proc, main() has made a namespace, or it would not have got here
+        if os.readlink("/proc/self/ns/pid") == namespace:
+            found.append("signal your processes")
     return ", ".join(found)
 
 

@@ -246,7 +246,8 @@ def problem_with(way: Way) -> str:
         name = os.path.basename(folder)
         listener.bind(f"\0{name}")
         listener.listen()
-        arguments = {"pid": os.getpid(), "folder": folder, "abstract_socket": name}
+        namespace = os.readlink("/proc/self/ns/pid")
+        arguments = {"namespace": namespace, "folder": folder, "abstract_socket": name}
         try:
             freedom = worker.request({"path": "lite_mentor.isolation:look", "arguments": arguments}, START_SECONDS)
         except (RuntimeError, EOFError, TimeoutError):
@@ -258,10 +259,10 @@ def problem_with(way: Way) -> str:
 
 def _note(way: Way, reason: str) -> str:
     limits = f"memory {MEMORY_BYTES >> 30} GiB a process, CPU and wall-clock time limited"
-    if way != "user namespaces" and getattr(os, "geteuid", lambda: 1)() == 0:
-        limits += ", but not the number of processes, for you are root"
     if resource is None:
         limits = "wall-clock time limited"
+    elif not isolation.counts_processes(way):
+        limits += ", but not the number of processes, for you are root"
     if way == "limits only":
         return f"sandbox: {reason}: TOOLS CAN READ AND CHANGE YOUR FILES AND USE THE NETWORK; {limits}"
     return f"sandbox: no network, read-only files, own processes ({way}); {limits}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def test_the_kernels_version_is_read_whatever_follows_it(monkeypatch):
 
 
 @linux
+def test_who_looks_around_outside_finds_everything(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0{tmp_path}")
+        listener.listen()
+        found = isolation.look(os.readlink("/proc/self/ns/pid"), str(tmp_path), str(tmp_path))
+    assert found == "read your files, write your files, use the network, signal your processes"
+    assert isolation.look("pid:[0]", str(tmp_path / "absent"), "absent") == "read your files"
+
+
+@linux
 def test_an_isolated_worker_is_found_where_it_can_be_had(fresh_probe):
     """This machine's own word: a way is either free of problems or says what they are."""
     way, reason = find_way()
@@ -133,9 +144,14 @@ def test_off_is_loud():
 
 def test_who_is_root_is_told_that_processes_are_not_counted(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(isolation, "kernel", lambda: (6, 14))
     notes = {way: Sandbox(way=way).note for way in ("limits only", "bubblewrap", "user namespaces")}
     told = {way: note.endswith(", but not the number of processes, for you are root") for way, note in notes.items()}
     assert told == {"limits only": True, "bubblewrap": True, "user namespaces": False}
+    monkeypatch.setattr(isolation, "kernel", lambda: (6, 13))
+    assert "for you are root" in Sandbox(way="user namespaces").note
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "for you are root" not in Sandbox(way="bubblewrap").note
 
 
 def test_other_systems_are_told_what_is_needed(monkeypatch):
