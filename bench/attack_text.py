@@ -109,8 +109,10 @@ def answers(rng: Random) -> dict[str, Any]:
 
 def _formula(rng: Random) -> str:
     pieces = (*hostile.MATHS, *hostile.CHARACTERS[-20:], "1", "2", "3")
-    formula = "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 6)))
-    return formula * rng.choice((20, 500)) if rng.random() < 0.02 else formula
+    parts = [rng.choice(pieces) for _ in range(rng.randrange(1, 6))]
+    if rng.random() < 0.04:
+        parts.insert(0, rng.choice(("1", parts[0])) + parts[0] * rng.choice((20, 500, 5000)))
+    return "".join(parts)
 
 
 def check_answers(case: dict[str, Any], folder: Path) -> None:
@@ -199,12 +201,12 @@ def _stream(rng: Random) -> list[int]:
             ids += [rng.randrange(400) for _ in range(rng.randrange(8))]
         elif how < 0.6:
             raw = hostile.call(rng, calculator_tools())
-            ids += prompt.Chat.turn_ids(chats()["tiny"], f"{CALL_OPEN}{raw[:60]}{CALL_CLOSE}", END)
+            ids += prompt.Chat.turn_ids(chats()["tiny"], f"{CALL_OPEN}{raw[:90]}{CALL_CLOSE}", END)
         else:
             ids += chats()["tiny"].turn_ids(f"{hostile.text(rng, 2)[:30]} \\boxed{{{rng.choice(hostile.MATHS)}}}", END)
         if rng.random() < 0.2:
             ids.insert(rng.randrange(len(ids) + 1), rng.choice((END, END - 1)))
-    return ids[:80]
+    return ids[:120]
 
 
 def check_episodes(streams: list[list[int]], folder: Path) -> None:

@@ -284,11 +284,14 @@ def load(path: str) -> Config:
     try:
         with open(path, encoding="utf-8") as file:
             data = json.load(file)
-        config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
-        for name, kind in get_type_hints(Config).items():
-            if name not in data or not _fits(getattr(config, name), kind):
+        kinds = get_type_hints(Config)
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        for name in {**kinds, **values}:
+            if name not in kinds:
+                raise ValueError(f"there is no setting {name[:40]!r}")
+            if name not in values or not _fits(values[name], kinds[name]):
                 raise ValueError(f"{name} is {repr(data[name])[:40] if name in data else 'missing'}")
-        return config
+        return Config(**values)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not the configuration of a run of this version: {error}.") from error
 

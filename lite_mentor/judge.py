@@ -106,7 +106,6 @@ _CLEANINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\%", "%"),
         (r"\\(?:text|mathrm|mbox)\s*\{\s*(percent|hundred|thousand|million|billion|trillion)\s*\}", r" \1"),
         (r"^\s*\\(?:text|textbf|mathbf|mathrm|mbox)\s*\{([^{}]*)\}\s*$", r"\1"),
-        (r"\s*\.?\s*$", ""),
     )
 )
 _NO_UNIT = (  # words that change the number before them
@@ -164,7 +163,7 @@ def _close(found: Fraction, expected: Fraction) -> bool:
 def _clean(text: str) -> str:
     for pattern, replacement in _CLEANINGS:
         text = pattern.sub(replacement, text)
-    return text.strip()
+    return text.rstrip().removesuffix(".").strip()
 
 
 def _number(text: str) -> tuple[Fraction, bool] | None:

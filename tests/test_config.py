@@ -104,6 +104,7 @@ def test_a_foreign_config_json_is_one_sentence(tmp_path, text):
         ("clip", [0.1], r"clip is \[0.1\]"),
         ("levels", ["1"], r"levels is \['1'\]"),
         ("eval_suites", "test", "eval_suites is 'test'"),
+        ("\x1b[2J", 1, r"there is no setting '\\x1b\[2J'"),
     ],
 )
 def test_a_config_json_with_a_value_of_another_type_is_one_sentence(tmp_path, field, value, shown):

@@ -68,6 +68,12 @@ def test_boxed_is_linear():
     assert boxed("\\boxed{" * million + "7" + "}" * million) == "7"
 
 
+@pytest.mark.parametrize("piece", [" ", "~", "\\;", "\t", "$", "1,"])
+def test_a_long_accepted_answer_takes_no_time(piece):
+    """With a cubic pattern these would take hours."""
+    assert not is_correct("7", (f"5{piece * 20_000}5",), "math")
+
+
 @given(st.text(alphabet="{}\\boxed a5", max_size=60))
 def test_what_boxed_finds_is_balanced_and_last(text):
     content = boxed(text)
