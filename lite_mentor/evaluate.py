@@ -20,14 +20,14 @@ import tyro
 from lite_mentor.config import Config, load
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
-from lite_mentor.judge import is_correct
+from lite_mentor.judge import is_right
 from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.rollout import Limits, RunCall, messages_of, roll_out
 from lite_mentor.sandbox import open_sandbox
 from lite_mentor.statistics import paired_bootstrap, tool_statistics, wilson
 from lite_mentor.student import load_student
 from lite_mentor.tasks import bfcl, load_suite, load_task
-from lite_mentor.tools import run_call
+from lite_mentor.tools import caller, run_call
 from lite_mentor.types import Example, Rollout
 
 
@@ -84,7 +84,7 @@ def _is_right(chat: Chat, rollout: Rollout, example: Example) -> bool:
         # The leaderboard reads a text that was cut off like any other: whole calls in it count.
         turn = parse_turn("".join(m["content"] for m in messages_of(chat, rollout) if m["role"] == "assistant"))
         return bfcl.passes(example, [run_call(raw, example.tools) for raw in turn.calls])
-    return rollout.finished and is_correct(rollout.answer, example.answer, example.checker)
+    return rollout.finished and is_right(example, rollout.answer, rollout.calls)
 
 
 def _gold_tools(examples: Sequence[Example]) -> Counter[str]:
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for suite, examples in suites(config).items():
                     result, _ = evaluate(
                         engine, Chat(student.tokenizer), examples, limits=limits,
-                        run_call=lambda raw, example: run_call(raw, example.tools, run_path=sandbox.call),
+                        run_call=caller(sandbox.call),
                     )  # fmt: skip
                     print(_line(adapter, suite, result, first.get(suite)), flush=True)
                     first.setdefault(suite, result)

@@ -12,14 +12,19 @@ import functools
 import logging
 import re
 import unicodedata
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
-from lite_mentor.sandbox import Worker
+from lite_mentor.sandbox import Worker, find_way
+from lite_mentor.tools import played
+from lite_mentor.types import Example, ToolCall
 from lite_mentor.worker import Request, serve
 
 MAX_ANSWER_CHARS = 200
 VERIFY_SECONDS = 5.0
+PLAY_SECONDS = 15.0
+"""For all calls of an episode, played again, and the first time for importing what they need."""
 MEMORY_BYTES = 2 << 30
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
 HALF_A_CENT = Fraction(1, 200)
@@ -42,6 +47,33 @@ def boxed(text: str) -> str | None:
         if depth == 0:
             return text[start : brace.start()]
     return None
+
+
+def is_right(example: Example, answer: str | None, calls: Sequence[ToolCall]) -> bool:
+    """Did an episode that ended by itself, with this answer and these calls, do what the example asks?
+
+    By its answer (see `is_correct`), or where the checker is `state` by what its calls did, played again in a worker
+    process. Calls that worked once but break the worker's limits when they are played again are wrong; a judge that
+    raises is a mistake of ours and raises RuntimeError.
+    """
+    if example.checker != "state":
+        return is_correct(answer, example.answer, example.checker)
+    played_again = {"world": example.world.start, "calls": played(calls)}
+    request = {"path": example.world.judge, "arguments": played_again, "seconds": PLAY_SECONDS}
+    try:
+        verdict = _player().request(request, PLAY_SECONDS)
+    except (TimeoutError, EOFError):
+        return False
+    if verdict["status"] != "ok":
+        raise RuntimeError(f"judging example {example.key} of {example.suite} failed: {verdict['text']}")
+    return verdict["text"] == "true"
+
+
+@functools.cache
+def _player() -> Worker:
+    worker = Worker("lite_mentor.worker", find_way()[0])
+    atexit.register(worker.close)
+    return worker
 
 
 def is_correct(answer: str | None, gold: tuple[str, ...], checker: Literal["math", "text"]) -> bool:

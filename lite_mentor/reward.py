@@ -17,7 +17,7 @@ import torch
 from mentor_kernels import AdvantageOut, RewardConfig, group_advantage
 
 from lite_mentor.config import Config
-from lite_mentor.judge import is_correct
+from lite_mentor.judge import is_right
 from lite_mentor.types import CALL_STATUSES, STOP_REASONS, Example, Rollout, Scored, TeacherRecord, ToolCall
 
 
@@ -42,7 +42,7 @@ def measure(example: Example, rollout: Rollout, record: TeacherRecord) -> Measur
     """One episode against one teacher record."""
     known = [call for call in rollout.calls if call.status not in ("unknown_tool", "bad_json")]
     return Measurement(
-        correct=rollout.finished and is_correct(rollout.answer, example.answer, example.checker),
+        correct=rollout.finished and is_right(example, rollout.answer, rollout.calls),
         finished=rollout.finished,
         answered=bool(rollout.answer and rollout.answer.strip()),
         teacher_tools=frozenset(call.name for call in record.calls),

@@ -16,8 +16,8 @@ from lite_mentor.judge import boxed
 from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.types import Example, Rollout, StopReason, ToolCall
 
-RunCall = abc.Callable[[str, Example], ToolCall]
-"""The text of one call, and the example whose tools it may use -> the call with its result.
+RunCall = abc.Callable[[str, Example, abc.Sequence[ToolCall]], ToolCall]
+"""The text of one call, the example whose tools it may use, and the episode's earlier calls -> the call, with result.
 
 Called from several threads at once for examples with tools that live elsewhere (`ToolSpec.path`), but never for two
 calls of one episode.
@@ -105,17 +105,21 @@ def _play(engine, chat, episodes: list[_Episode], limits: Limits, run_call: RunC
             if not calls:
                 engine.release(sequence)
             elif any(tool.path for tool in episode.example.tools):
-                calling[threads.submit(_run_all, run_call, calls, episode.example)] = episode
+                calling[threads.submit(_run_all, run_call, calls, episode)] = episode
             else:
-                _after_calls(engine, chat, episode, _run_all(run_call, calls, episode.example), limits)
+                _after_calls(engine, chat, episode, _run_all(run_call, calls, episode), limits)
         # Decoding goes on with whoever can; only when nobody can is there something to wait for.
         ready = wait(calling, timeout=0 if engine.speaking else None, return_when=FIRST_COMPLETED).done
         for future in ready:
             _after_calls(engine, chat, calling.pop(future), future.result(), limits)
 
 
-def _run_all(run_call: RunCall, calls: list[str], example: Example) -> list[ToolCall]:
-    return [run_call(raw, example) for raw in calls]
+def _run_all(run_call: RunCall, calls: abc.Sequence[str], episode: _Episode) -> list[ToolCall]:
+    """The turn's calls, one after the other; the episode itself is left as it is."""
+    done: list[ToolCall] = []
+    for raw in calls:
+        done.append(run_call(raw, episode.example, [*episode.calls, *done]))
+    return done
 
 
 def _read_turn(chat: Chat, episode: _Episode) -> list[str]:

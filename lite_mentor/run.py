@@ -33,7 +33,7 @@ from lite_mentor.sandbox import open_sandbox
 from lite_mentor.student import Student, compute_dtype, load_student
 from lite_mentor.tasks import load_task
 from lite_mentor.teacher import TeacherCache, open_cache
-from lite_mentor.tools import run_call
+from lite_mentor.tools import caller
 from lite_mentor.types import Example
 
 
@@ -207,7 +207,7 @@ def prepare(config: Config) -> Iterator[Run]:
             examples=tuple(examples),
             by_key={example.key: example for example in examples},
             teacher=teacher,
-            run_call=lambda raw, example: run_call(raw, example.tools, run_path=sandbox.call),
+            run_call=caller(sandbox.call),
             limits=Limits(config.max_turns, config.max_new_tokens, config.max_prompt_tokens),
             sampling=Sampling(config.temperature, config.top_k, config.top_p),
             guard=Guard(out, log.note),

@@ -27,19 +27,19 @@ import tyro
 from rich.progress import Progress
 
 from lite_mentor.errors import UserError
-from lite_mentor.judge import boxed, is_correct
+from lite_mentor.judge import boxed, is_right
 from lite_mentor.prompt import ASK_FOR_BOX, CALL_CLOSE, CALL_OPEN, json_schema
 from lite_mentor.sandbox import open_sandbox
 from lite_mentor.tasks import load_suite, resolve_arguments
 from lite_mentor.tasks.jsonl import read_tasks
 from lite_mentor.teacher import Manifest, append_to, seal
-from lite_mentor.tools import render_call, run_call
+from lite_mentor.tools import caller, render_call
 from lite_mentor.types import Example, TeacherRecord, ToolCall
 
 RETRIES = 8
 MAX_PROMPT_TOKENS = 2048
 
-RunCall = Callable[[str, Example], ToolCall]
+RunCall = Callable[[str, Example, Sequence[ToolCall]], ToolCall]
 Ask = Callable[[Sequence[Example]], Generator[TeacherRecord, None, None]]
 """Asks the teacher -> a record of each example, in any order."""
 
@@ -138,7 +138,7 @@ def record_of(
         messages=tuple(messages),
         calls=tuple(calls),
         answer=answer or "",
-        correct=is_correct(answer, example.answer, example.checker),
+        correct=answer is not None and is_right(example, answer, calls),
     )
 
 
@@ -156,7 +156,7 @@ def oracle(example: Example, run: RunCall) -> TeacherRecord:
     for step in example.meta["steps"]:
         arguments = resolve_arguments(step["arguments"], [call.result for call in calls])
         raw = render_call(step["tool"], arguments)
-        call = run(raw, example)
+        call = run(raw, example, calls)
         if call.status != "ok":
             raise ValueError(f"the solution of example {example.key} does not run: {raw} gave {call.result!r}")
         calls.append(call)
@@ -235,7 +235,7 @@ class Endpoint:
                 break
             asked.append(said)
             for call, raw in zip(wanted, raws, strict=True):
-                ran = self.run(raw, example)
+                ran = self.run(raw, example, calls)
                 calls.append(ran)
                 messages.append({"role": "tool", "content": ran.result})
                 asked.append({"role": "tool", "tool_call_id": call["id"], "content": ran.result})
@@ -380,10 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with open_sandbox(options.sandbox) as sandbox:
             if sandbox.way == "limits only":
                 print(sandbox.note, file=sys.stderr)
-
-            def run(raw: str, example: Example) -> ToolCall:
-                return run_call(raw, example.tools, run_path=sandbox.call)
-
+            run = caller(sandbox.call)
             if options.source == "oracle":
                 fill(options, examples, lambda todo: (oracle(example, run) for example in todo))
             elif options.source == "endpoint":

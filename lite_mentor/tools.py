@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from lite_mentor.calculators import CALCULATORS, ToolError, number_text
 from lite_mentor.errors import UserError
-from lite_mentor.types import CallStatus, ToolCall, ToolSpec
+from lite_mentor.types import CallStatus, Example, ToolCall, ToolSpec, World
 
 MAX_CALL_CHARS = 16_000
 MAX_CALL_DEPTH = 16
@@ -143,10 +143,25 @@ def render_call(name: str, arguments: Mapping[str, Any]) -> str:
     return json.dumps({"name": name, "arguments": dict(arguments)}, ensure_ascii=False)
 
 
-def run_call(raw: str, tools: Sequence[ToolSpec], *, run_path: RunPath | None = None) -> ToolCall:
+def caller(run_path: RunPath | None = None) -> Callable[[str, Example, Sequence[ToolCall]], ToolCall]:
+    """How episodes run their calls: (raw, example, the episode's earlier calls) -> the call with its result."""
+    return lambda raw, example, earlier: run_call(
+        raw, example.tools, run_path=run_path, world=example.world, earlier=earlier
+    )
+
+
+def run_call(
+    raw: str,
+    tools: Sequence[ToolSpec],
+    *,
+    run_path: RunPath | None = None,
+    world: World | None = None,
+    earlier: Sequence[ToolCall] = (),
+) -> ToolCall:
     """Parse, check and run the text between a pair of call tags. Never raises, whatever the text is.
 
-    Tools that name a `path` are handed to `run_path`, with arguments that satisfy their schema.
+    Tools that name a `path` are handed to `run_path`, with arguments that satisfy their schema; where there is a
+    world, these arguments come with what its functions need beside them.
     """
     try:
         name, arguments = _parse_call(raw)
@@ -165,7 +180,10 @@ def run_call(raw: str, tools: Sequence[ToolSpec], *, run_path: RunPath | None = 
     if spec.path is not None:
         if run_path is None:
             raise ValueError(f"tool {name} lives at {spec.path}: pass run_path, which runs it")
-        return _call(name, arguments, raw, *run_path(spec.path, arguments))
+        sent = arguments
+        if world is not None:
+            sent = {"world": world.start, "earlier": played(earlier), "name": name, "arguments": arguments}
+        return _call(name, arguments, raw, *run_path(spec.path, sent))
     try:
         return _call(name, arguments, raw, "ok", result_text(spec.function(**arguments)))
     except ToolError as error:
@@ -174,6 +192,11 @@ def run_call(raw: str, tools: Sequence[ToolSpec], *, run_path: RunPath | None = 
         return _call(name, arguments, raw, "error", "Error: the result is too large.")
     except ArithmeticError:
         return _call(name, arguments, raw, "error", "Error: there is no such number.")
+
+
+def played(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    """The calls that worked, which are a world's state, as JSON."""
+    return [{"name": call.name, "arguments": dict(call.arguments)} for call in calls if call.status == "ok"]
 
 
 def result_text(value: Any, limit: int = MAX_RESULT_CHARS) -> str:

@@ -28,6 +28,9 @@ CALL_STATUSES: tuple[CallStatus, ...] = (
     "timeout",
 )
 
+Checker = Literal["math", "text", "state"]
+"""How an episode is found right; see `Example.checker`."""
+
 StopReason = Literal["eos", "answer", "max_turns", "max_tokens", "context_full"]
 STOP_REASONS: tuple[StopReason, ...] = ("eos", "answer", "max_turns", "max_tokens", "context_full")
 
@@ -47,20 +50,37 @@ class ToolSpec:
 
 
 @dataclass(frozen=True)
+class World:
+    """What an episode's calls read and change. Nothing keeps it: its state is the list of the calls that worked.
+
+    The tools of an example with a world name a function (world, earlier, name, arguments) -> result, which plays the
+    earlier calls again on a fresh world. So episodes share nothing, and a call that failed has changed nothing.
+    """
+
+    start: Mapping[str, Any]
+    """JSON that says where the world begins; handed to the functions as `world`."""
+    judge: str
+    """`module:function` of (world, calls) -> bool: did these calls do what was asked? Runs in a worker process."""
+
+
+@dataclass(frozen=True)
 class Example:
     """One question with the tools that may answer it. Written by `tasks`."""
 
     key: str
-    """Hash of the content (question, answer, tool names): the same example has the same key on every machine."""
+    """Hash of the content (question, answer, tool names, world): the same example has the same key everywhere."""
     question: str
     answer: tuple[str, ...]
     """The accepted answers, most natural first; being right about any one of them is being right."""
     tools: tuple[ToolSpec, ...]
-    checker: Literal["math", "text"]
-    """`math`: equal as mathematics. `text`: equal after lower-casing and dropping articles and punctuation."""
+    checker: Checker
+    """`math`: equal as mathematics. `text`: equal after lower-casing and dropping articles and punctuation.
+    `state`: by what the calls did to the world; the answer only says that the episode is over."""
     suite: str
     meta: Mapping[str, Any] = field(default_factory=dict)
     """What a generator knows about its own item: `level`, `template`, and `steps` (see tasks/__init__.py)."""
+    world: World | None = None
+    """What the tools act on; None for tools that answer from their arguments alone."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lite_mentor.prompt import Chat
 from lite_mentor.rollout import Limits
 from lite_mentor.tasks import bfcl, load_suite
 from lite_mentor.tiny import tiny_tokenizer
-from lite_mentor.tools import render_call, run_call
+from lite_mentor.tools import caller, render_call, run_call
 from lite_mentor.types import Example, ToolCall
 
 COUNTS = {
@@ -164,7 +164,7 @@ def evaluated(example: Example, text: str, *, closed: bool = True) -> int:
     )
     result, _ = evaluate(
         engine, CHAT, [example], limits=Limits(max_turns=4, max_new_tokens=390, max_prompt_tokens=len(prompt)),
-        run_call=lambda raw, example: run_call(raw, example.tools),
+        run_call=caller(),
     )  # fmt: skip
     return result["correct"][0]
 

@@ -15,7 +15,7 @@ from lite_mentor.prompt import Chat
 from lite_mentor.rollout import Limits, roll_out
 from lite_mentor.tasks import load_suite
 from lite_mentor.tiny import tiny_tokenizer
-from lite_mentor.tools import run_call
+from lite_mentor.tools import caller, run_call
 
 CHAT = Chat(tiny_tokenizer())
 EXAMPLE = load_suite("tiny", split="train", size=1, seed=0)[0]
@@ -43,7 +43,7 @@ def play(turns: list[str], results: list[str], *, closed: bool = True, group_siz
     defaults = dict(max_turns=3, max_new_tokens=150, max_prompt_tokens=300)
     rollouts = roll_out(
         engine, CHAT, [EXAMPLE], group_size=group_size, limits=Limits(**defaults | limits), seed=0, step=0,
-        sampling=Sampling(temperature=0), run_call=lambda raw, example: run_call(raw, example.tools),
+        sampling=Sampling(temperature=0), run_call=caller(),
     )  # fmt: skip
     engine.weights_changed()
     assert len(engine.pool.free) == len(engine.pool.holders)
@@ -166,7 +166,7 @@ def test_a_slow_tool_delays_only_its_own_sequence():
 
         engine.release = released
 
-        def run(raw, example):
+        def run(raw, example, earlier):
             with lock:
                 order.append(None)
                 slow = len(order) == 1
@@ -185,7 +185,7 @@ def test_a_slow_tool_delays_only_its_own_sequence():
 
 def test_what_a_call_raises_ends_the_rollout_and_gives_the_pages_back():
     def run_call_of(engine):
-        def run(raw, example):
+        def run(raw, example, earlier):
             raise UserError("The tool cannot be loaded.")
 
         return run

@@ -20,14 +20,13 @@ from lite_mentor.tasks import SUITES, load_suite, make_example
 from lite_mentor.teach import Options, call_text, command, main, oracle
 from lite_mentor.teacher import open_cache
 from lite_mentor.tiny import tiny_tokenizer
-from lite_mentor.tools import calculator_tools, run_call
+from lite_mentor.tools import calculator_tools, caller
 
 TOOLS = [tool for tool in calculator_tools() if tool.name in ("add", "multiply")]
 ROOT = Path(teach.__file__).parent
 
 
-def run(raw, example):
-    return run_call(raw, example.tools)
+run = caller()
 
 
 def solved(**meta):

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lite_mentor.errors import UserError
-from lite_mentor.types import Example, ToolSpec
+from lite_mentor.types import Checker, Example, ToolSpec, World
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 SUITES = ("math", "math_varied", "tiny", "ood_tools", "ood_lookup", "gsm_symbolic")
-"""Generated here, in all splits. The benchmarks `bfcl_CATEGORY` (see bfcl.py) are beside them, for testing only."""
+"""Generated here, in all splits. Beside them are the turns of BFCL (bfcl_turns.py), and for testing only its
+single-turn categories `bfcl_CATEGORY` (bfcl.py)."""
 
 
 def load_suite(name: str, *, split: Split, size: int, seed: int, levels: Sequence[int] | None = None) -> list[Example]:
@@ -36,12 +37,18 @@ def load_suite(name: str, *, split: Split, size: int, seed: int, levels: Sequenc
     `levels` keeps to these difficulties; those that the suite does not have are ignored, None means all.
     Raises UserError for an unknown name or split, when no level is left, and when the suite has fewer examples.
     """
+    if name.startswith("bfcl_turns"):
+        from lite_mentor.tasks import bfcl_turns
+
+        return bfcl_turns.generate(name, split=split, size=size, seed=seed, levels=levels)
     if name.startswith("bfcl_"):
         from lite_mentor.tasks import bfcl
 
         return bfcl.generate(name, split=split, size=size, seed=seed)
     if name not in SUITES:
-        raise UserError(f"There is no task suite {name!r}; the suites are {', '.join(SUITES)} and bfcl_CATEGORY.")
+        raise UserError(
+            f"There is no task suite {name!r}; the suites are {', '.join(SUITES)}, bfcl_turns and bfcl_CATEGORY."
+        )
     if split not in SPLITS:
         raise UserError(f"There is no split {split!r} of {name}; the splits are {', '.join(SPLITS)}.")
     module = importlib.import_module(f"lite_mentor.tasks.{name}")
@@ -77,13 +84,14 @@ def make_example(
     tools: Sequence[ToolSpec],
     *,
     suite: str,
-    checker: Literal["math", "text"] = "math",
+    checker: Checker = "math",
+    world: World | None = None,
     **meta: Any,
 ) -> Example:
-    """An Example with its content key, 64 bits of the SHA-256 of (question, answer, tool names)."""
-    content = json.dumps([question, list(answer), [tool.name for tool in tools]])
-    key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return Example(key, question, tuple(answer), tuple(tools), checker, suite, meta)
+    """An Example with its content key, 64 bits of the SHA-256 of (question, answer, tool names, world if any)."""
+    content = [question, list(answer), [tool.name for tool in tools], *([] if world is None else [dict(world.start)])]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return Example(key, question, tuple(answer), tuple(tools), checker, suite, meta, world)
 
 
 def resolve_arguments(arguments: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:

@@ -56,8 +56,8 @@ def generate(suite: str, *, split: Split, size: int, seed: int) -> list[Example]
     if split != "test":
         raise UserError(f"{suite} is a benchmark and has only the split test, not {split}; train on another task.")
     category = suite.removeprefix("bfcl_")
-    entries = _rows(category)
-    truths = {} if category.endswith("irrelevance") else {row["id"]: row for row in _rows(category, "possible_answer")}
+    entries = rows(category)
+    truths = {} if category.endswith("irrelevance") else {row["id"]: row for row in rows(category, "possible_answer")}
     Random(f"{suite}/{seed}").shuffle(entries)
     return [_example(suite, entry, truths) for entry in entries[:size]]
 
@@ -117,7 +117,7 @@ def _question(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def _tool(function: Mapping[str, Any]) -> ToolSpec:
-    schema = {"type": "object", "properties": {}, **_schema(function["parameters"])}
+    schema = {"type": "object", "properties": {}, **json_schema(function["parameters"])}
     return ToolSpec(function["name"], function["description"], schema, function=_accepted)
 
 
@@ -126,15 +126,15 @@ def _accepted(**arguments: Any) -> str:
     return "accepted"
 
 
-def _schema(published: Mapping[str, Any]) -> dict[str, Any]:
+def json_schema(published: Mapping[str, Any]) -> dict[str, Any]:
     """JSON schema from their dialect of it; what is not JSON schema is left out."""
     schema: dict[str, Any] = {}
     if published.get("type") in _TYPES:
         schema["type"] = _TYPES[published["type"]]
     if isinstance(published.get("properties"), dict):
-        schema["properties"] = {name: _schema(inner) for name, inner in published["properties"].items()}
+        schema["properties"] = {name: json_schema(inner) for name, inner in published["properties"].items()}
     if isinstance(published.get("items"), dict):
-        schema["items"] = _schema(published["items"])
+        schema["items"] = json_schema(published["items"])
     schema |= {key: published[key] for key in ("enum", "required") if isinstance(published.get(key), list)}
     return schema | {key: published[key] for key in ("description", "default") if key in published}
 
@@ -160,7 +160,7 @@ def _without_choices(value: Any) -> Any:
 @functools.cache
 def _checker() -> tuple[Callable[..., dict], Any]:
     """Their `ast_checker`, and their word for Python."""
-    _folder()
+    folder()
     with _stand_ins():
         module = importlib.import_module("bfcl_eval.eval_checker.ast_eval.ast_checker")
     return module.ast_checker, module.Language.PYTHON
@@ -181,15 +181,22 @@ def _stand_ins():
                 sys.modules[name] = module
 
 
-def _rows(category: str, *folders: str) -> list[dict[str, Any]]:
-    path = _folder().joinpath("data", *folders, f"BFCL_v4_{category}.json")
+def rows(category: str, *folders: str) -> list[dict[str, Any]]:
+    """The published entries of a category, or from the folder `possible_answer` their answers. Raises UserError."""
+    return read_rows(*folders, f"BFCL_v4_{category}.json")
+
+
+def read_rows(*parts: str) -> list[dict[str, Any]]:
+    """A file of JSON lines in bfcl-eval's data. Raises UserError when it cannot be read."""
+    path = folder().joinpath("data", *parts)
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"bfcl-eval's data {path} cannot be read ({error}); install bfcl-eval 2026.3.23.") from error
 
 
-def _folder() -> Path:
+def folder() -> Path:
+    """Where bfcl-eval is installed. Raises UserError when it is not."""
     found = importlib.util.find_spec("bfcl_eval")
     if found is None or not found.submodule_search_locations:
         raise UserError(
