@@ -157,7 +157,8 @@ def more_supervision(run: Run, cold: Path) -> Iterator[int]:
 
 
 def _supervised(run: Run, examples, config: Config) -> Iterator[int]:
-    records = [sft.teacher_rollout(run.chat, e, run.teacher[e.key], run.student.eos_ids[0]) for e in examples]
+    end, most = run.student.eos_ids[0], config.max_result_tokens
+    records = [sft.teacher_rollout(run.chat, e, run.teacher[e.key], end, most) for e in examples]
     optimizer = make_optimizer(run.student.trainable(), config)
     for metrics in sft.cold_start(run.student, optimizer, records, config, run.guard):
         run.log.step(metrics)

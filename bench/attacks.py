@@ -2,7 +2,7 @@
 
 tests/test_attacks.py runs the same list.
 Every attack is a call as a student writes it, and goes the way of such a call. It is contained when its status is one
-of those expected, the student is told nothing that it should not know, the text is short, is valid and holds no special
+of those expected or a timeout, the student is told nothing that it should not know, the text is short, is valid and holds no special
 token, nothing of ours was killed, written to or left running, and the same sandbox then adds two numbers.
 """
 
@@ -30,7 +30,7 @@ from lite_mentor.prompt import Chat
 from lite_mentor.sandbox import Sandbox, find_way, problem_with
 from lite_mentor.tasks.jsonl import python_tool
 from lite_mentor.tiny import tiny_tokenizer
-from lite_mentor.tools import calculator_tools, render_call, run_call
+from lite_mentor.tools import MAX_RESULT_CHARS, calculator_tools, render_call, run_call
 from lite_mentor.types import ToolCall, ToolSpec
 
 SECONDS = 0.6
@@ -197,9 +197,9 @@ def attempt(kind: str, attack: Attack, sandbox: Sandbox, scene: Scene) -> tuple[
         os.kill(pid, signal.SIGKILL)
     sane = sandbox.call("bench.attack_tools:add", {"a": 1, "b": 2})
     faults = {
-        f"its status is {call.status}: {call.result[:80]}": call.status not in attack.statuses,
+        f"its status is {call.status}: {call.result[:80]}": call.status not in (*attack.statuses, "timeout"),
         f"it got {call.result[:80]}": "ESCAPED" in call.result,
-        f"its result has {len(call.result)} characters": len(call.result) > 900,
+        f"its result has {len(call.result)} characters": len(call.result) > MAX_RESULT_CHARS + 100,
         "its result holds special tokens": _special_tokens(call.result) != _special_tokens("3"),
         "it changed a file": Path(scene.secret).read_text(encoding="utf-8") != "secret",
         "it killed a process": scene.decoy.poll() is not None,

@@ -113,6 +113,8 @@ class Config:
     """Assistant turns in an episode; a call in the last one leaves it unfinished."""
     max_new_tokens: int = 128
     """Tokens after the prompt, over all turns, tool results included."""
+    max_result_tokens: int = 256
+    """Of a tool's result; the student reads the beginning of a longer one, and how much was cut."""
     max_prompt_tokens: int = 384
     """A longer prompt is an error, not a silent cut."""
 
@@ -311,7 +313,8 @@ def check(config: Config) -> None:
     """Raise UserError for the first setting that cannot work, naming it and what to change."""
     positive = ("steps", "prompts_per_step", "group_size", "max_turns", "max_new_tokens", "micro_tokens",
                 "lora_rank", "lora_alpha", "train_size", "eval_size", "sft_batch", "updates_per_step",
-                "max_prompt_tokens", "save_every", "temperature", "lr", "sft_lr", "max_grad_norm")  # fmt: skip
+                "max_prompt_tokens", "max_result_tokens", "save_every", "temperature", "lr", "sft_lr",
+                "max_grad_norm")  # fmt: skip
     for name in positive:
         if not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be greater than 0.")

@@ -22,7 +22,7 @@ from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
 from lite_mentor.judge import is_right
 from lite_mentor.prompt import Chat, parse_turn
-from lite_mentor.rollout import Limits, RunCall, messages_of, roll_out
+from lite_mentor.rollout import Limits, RunCall, limits_of, messages_of, roll_out
 from lite_mentor.sandbox import open_sandbox
 from lite_mentor.statistics import paired_bootstrap, tool_statistics, wilson
 from lite_mentor.student import load_student
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         context = config.max_prompt_tokens + config.max_new_tokens
         engine = Engine.of(student, slots=64, context=context, gib=config.cache_gib)
-        limits = Limits(config.max_turns, config.max_new_tokens, config.max_prompt_tokens)
+        limits = limits_of(config)
         first: dict[str, dict] = {}
         with open_sandbox(options.sandbox) as sandbox:
             if sandbox.way == "limits only":

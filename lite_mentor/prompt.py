@@ -100,6 +100,14 @@ class Chat:
             )
         return ids[1:]  # the end-of-turn token was sampled by the student itself
 
+    def clipped(self, result: str, tokens: int) -> str:
+        """A tool's result, or its first `tokens` tokens and how many more there were."""
+        ids = self._plain(self._guard(result))
+        if len(ids) <= tokens:
+            return result
+        kept = self.decode(ids[:tokens]).rstrip("\ufffd")  # a character may be cut in the middle
+        return f"{kept}... [{len(ids) - tokens} more tokens]"
+
     def turn_ids(self, text: str, end_id: int) -> list[int]:
         """A teacher's assistant turn as tokens, closed by `end_id` as the student would close it."""
         return [*self._plain(self._breaks_of_turns.sub(_broken, _inert(text))), end_id]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import collections.abc as abc
 import hashlib
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from lite_mentor.config import Config
 from lite_mentor.engine import Engine, Sampling, Sequence
 from lite_mentor.errors import UserError
 from lite_mentor.judge import boxed
@@ -35,6 +36,13 @@ class Limits:
     max_new_tokens: int
     """After the prompt, over all turns, tool results included."""
     max_prompt_tokens: int
+    max_result_tokens: int = 256
+    """Of each tool's result; what is longer is cut, visibly."""
+
+
+def limits_of(config: Config) -> Limits:
+    """A run's own."""
+    return Limits(config.max_turns, config.max_new_tokens, config.max_prompt_tokens, config.max_result_tokens)
 
 
 @dataclass(eq=False)
@@ -136,6 +144,7 @@ def _read_turn(chat: Chat, episode: _Episode) -> list[str]:
 
 def _after_calls(engine: Engine, chat: Chat, episode: _Episode, results: list[ToolCall], limits: Limits) -> None:
     """Let the student read the results and speak again, or end the episode."""
+    results = [replace(call, result=chat.clipped(call.result, limits.max_result_tokens)) for call in results]
     episode.calls += results
     suffix = chat.result_ids([call.result for call in results])
     if episode.turns == limits.max_turns:

@@ -28,7 +28,7 @@ from lite_mentor.log import RunLog
 from lite_mentor.loss import check_backend
 from lite_mentor.optim import Guard, make_optimizer
 from lite_mentor.prompt import Chat
-from lite_mentor.rollout import Limits, RunCall
+from lite_mentor.rollout import Limits, RunCall, limits_of
 from lite_mentor.sandbox import open_sandbox
 from lite_mentor.student import Student, compute_dtype, load_student
 from lite_mentor.tasks import load_task
@@ -208,7 +208,7 @@ def prepare(config: Config) -> Iterator[Run]:
             by_key={example.key: example for example in examples},
             teacher=teacher,
             run_call=caller(sandbox.call),
-            limits=Limits(config.max_turns, config.max_new_tokens, config.max_prompt_tokens),
+            limits=limits_of(config),
             sampling=Sampling(config.temperature, config.top_k, config.top_p),
             guard=Guard(out, log.note),
         )

@@ -30,7 +30,9 @@ def support(rollouts: Sequence[Rollout]) -> float:
     return sum(any(call.status == "ok" for call in r.calls) for r in rollouts) / len(rollouts)
 
 
-def teacher_rollout(chat: Chat, example: Example, record: TeacherRecord, end_id: int) -> Rollout:
+def teacher_rollout(
+    chat: Chat, example: Example, record: TeacherRecord, end_id: int, max_result_tokens: int = 256
+) -> Rollout:
     """A teacher's trajectory as the student's template would hold it; assistant tokens are marked as sampled."""
     ids = chat.prompt_ids(example)
     prompt_length = len(ids)
@@ -38,7 +40,7 @@ def teacher_rollout(chat: Chat, example: Example, record: TeacherRecord, end_id:
     results: list[str] = []
     for message in [*record.messages, {"role": "end", "content": ""}]:
         if message["role"] == "tool":
-            results.append(message["content"])
+            results.append(chat.clipped(message["content"], max_result_tokens))
             continue
         if results:
             suffix = chat.result_ids(results)

@@ -24,7 +24,8 @@ from lite_mentor.types import CallStatus, Example, ToolCall, ToolSpec, World
 
 MAX_CALL_CHARS = 16_000
 MAX_CALL_DEPTH = 16
-MAX_RESULT_CHARS = 800
+MAX_RESULT_CHARS = 4000
+"""What leaves a tool at most. How much of it a student reads is counted in tokens (rollout.Limits)."""
 
 RunPath = Callable[[str, Mapping[str, Any]], "tuple[CallStatus, str]"]
 """Runs the tool at `module:function` with these arguments somewhere safe -> (status, result text)."""

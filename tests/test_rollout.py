@@ -115,6 +115,16 @@ def test_cut_off_in_the_middle_of_a_call_does_not_run_it():
     assert (r.stop, r.calls) == ("max_tokens", ())
 
 
+def test_a_long_result_is_cut_by_tokens_where_the_student_sees_it():
+    (r,) = play([ADD, "It is \\boxed{5}"], ["5"], max_result_tokens=1)
+    assert [c.result for c in r.calls] == ["5"]
+    refused = CHAT.turn_ids('<tool_call>{"name": "sum", "arguments": {}}</tool_call>', END)
+    text = "Error:... [34 more tokens]"  # of "Error: there is no tool 'sum'. The tools are add."
+    (r,) = play([CHAT.decode(refused[:-1]), "no"], [text], max_result_tokens=6)
+    assert [c.result for c in r.calls] == [text]
+    assert CHAT.decode(r.ids.tolist()).count(f"<tool_response>{text}</tool_response>") == 1
+
+
 def test_a_result_that_does_not_fit_ends_the_episode():
     spoken = len(CHAT.turn_ids(ADD, END))
     (r,) = play([ADD], [], max_new_tokens=spoken + 3)
