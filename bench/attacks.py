@@ -2,8 +2,9 @@
 
 tests/test_attacks.py runs the same list.
 Every attack is a call as a student writes it, and goes the way of such a call. It is contained when its status is one
-of those expected or a timeout, the student is told nothing that it should not know, the text is short, is valid and holds no special
-token, nothing of ours was killed, written to or left running, and the same sandbox then adds two numbers.
+of those expected or a timeout, the student is told nothing that it should not know, the text is short, is valid and
+holds no special token, nothing of ours was killed, written to or left running, and the same sandbox then adds two
+numbers.
 """
 
 from __future__ import annotations
