@@ -90,7 +90,7 @@ class Config:
     eval_size: int = 100
     """Examples of `validation`; every other suite uses half as many."""
 
-    sft_steps: int = 24
+    sft_steps: int = 60
     """Cold start: supervised steps on the teacher's records before RL; 0 leaves it to the support gate."""
     sft_batch: int = 16
     """Teacher records in a supervised step."""

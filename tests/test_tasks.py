@@ -263,12 +263,12 @@ def test_math_varied_disguises_a_few_calculators():
     names = Counter(tool.name for example in examples for tool in example.tools)
     for example in examples:
         offered = [tool.name for tool in example.tools]
-        assert len(offered) == len(set(offered)) == max(5, len({s["tool"] for s in example.meta["steps"]}))
+        assert len(offered) == len(set(offered)) == max(4, len({s["tool"] for s in example.meta["steps"]}))
         assert not unseen & set(offered)
         assert len({tool.description for tool in example.tools} & description_of) == len(offered)
-    # Each of twelve tools has about four names of its own; three in ten offers have one that was made up for it.
+    # Each of twelve tools has about four names of its own; two in ten offers have one that was made up for it.
     made_up = sum(count for count in names.values() if count <= 3)
-    assert 0.25 < made_up / names.total() < 0.35
+    assert 0.15 < made_up / names.total() < 0.25
 
 
 def test_a_disguised_calculator_is_the_same_function():

@@ -19,9 +19,9 @@ from lite_mentor.types import Example, ToolSpec
 
 __all__ = ["LEVELS", "generate"]
 
-OFFERED = 5
+OFFERED = 4
 """Tools of an example; more where a solution needs more."""
-NAMELESS = 0.3
+NAMELESS = 0.2
 """Share of tools whose name says nothing, so that only the description tells what they do."""
 
 _NAMES = {
