@@ -238,5 +238,6 @@ def open_teacher(config: Config, log: RunLog) -> TeacherCache:
         command += ["--size", str(config.train_size), "--levels", *map(str, config.levels), "--out", str(folder)]
         command += ["--sandbox", config.sandbox]
         log.note("filling the teacher's cache: " + " ".join(command[1:]))
-        subprocess.run(command, check=True)
+        if subprocess.run(command, check=False).returncode:
+            raise UserError(f"The teacher's cache {folder} could not be filled; what was wrong stands above.")
     return open_cache(folder)

@@ -279,11 +279,17 @@ class CacheWriter:
         self._hash, self._bytes, self._published = hashlib.sha256(whole), len(whole), time.monotonic()
 
     def append(self, record: TeacherRecord) -> None:
-        """Add the record of an example that has none yet."""
+        """Add the record of an example that has none yet. Raises UserError when it cannot be written."""
         assert record.example_key not in self.done, record.example_key
         line = render_record(record)
-        self._file.write(line)
-        self._file.flush()
+        with self._writing():
+            try:
+                written = self._file.write(line)
+                while written < len(line):  # a disk that fills up takes a part, and raises at the next write
+                    written += self._file.write(line[written:])
+            except OSError:
+                self._file.truncate(self._bytes)
+                raise
         self._hash.update(line)
         self._bytes += len(line)
         self.done[record.example_key] = record.correct
@@ -292,6 +298,11 @@ class CacheWriter:
 
     def publish(self) -> None:
         """Let readers see what was appended: the manifest is replaced in one rename, once the records are on disk."""
+        with self._writing():
+            self._publish()
+        self._published = time.monotonic()
+
+    def _publish(self) -> None:
         os.fsync(self._file.fileno())
         counts = dict(records=len(self.done), correct=sum(self.done.values()), bytes=self._bytes)
         manifest = dataclasses.replace(self.manifest, **counts, sha256=self._hash.hexdigest())
@@ -301,7 +312,16 @@ class CacheWriter:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path / _MANIFEST)
-        self._published = time.monotonic()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}); make room or rights there: what was answered is "
+                "kept, and the same command goes on."
+            ) from error
 
 
 @contextlib.contextmanager
@@ -312,7 +332,7 @@ def append_to(path: Path, manifest: Manifest) -> Iterator[CacheWriter]:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        file = open(path / _RECORDS, "a+b")  # noqa: SIM115 - closed when the block ends
+        file = open(path / _RECORDS, "a+b", buffering=0)  # noqa: SIM115 - closed when the block ends
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error
     with file:

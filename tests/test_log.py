@@ -156,6 +156,36 @@ def test_rewind_drops_what_will_be_done_again(tmp_path):
     assert [(tmp_path / name).read_bytes() for name in log.LINES] == [b"", b"", b""]
 
 
+def test_lines_that_are_not_as_written_are_found_and_can_be_set_aside(tmp_path):
+    with RunLog(tmp_path, CONFIG, total_steps=4, quiet=True) as run:
+        run.step(metrics(0))
+        run.evaluation(0, "base", "validation", RESULT)
+        position = run.position()
+        run.step(metrics(1))
+    assert position["rollouts.jsonl"]["bytes"] == 0
+
+    def damaged() -> list[str]:
+        with RunLog(tmp_path, CONFIG | {"sft_steps": 9}, total_steps=4, quiet=True, resume=True) as run:
+            return run.damaged(position)
+
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(whole[:-4])  # after the position: that step will be taken again
+    assert damaged() == []
+    (tmp_path / "eval.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").write_bytes(whole.replace(b'"rl"', b'"rm"', 1))
+    assert damaged() == ["metrics.jsonl", "eval.jsonl"]
+    assert json.loads((tmp_path / "config.json").read_text())["sft_steps"] == 3  # nothing was decided yet
+    with RunLog(tmp_path, CONFIG, total_steps=4, quiet=True, resume=True) as run:
+        kept = run.set_aside("metrics.jsonl")
+        run.rewind(position)
+        run.step(metrics(1))
+        later = run.position()
+    assert kept.read_bytes().startswith(b'{"step": 0, "phase": "rm"')
+    assert [r["step"] for r in rows(tmp_path / "metrics.jsonl")] == [1]
+    with RunLog(tmp_path, CONFIG, total_steps=4, quiet=True, resume=True) as run:
+        assert run.damaged(later) == []
+
+
 class Full:
     """A file on a disk with room for a few more bytes."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -46,6 +47,33 @@ def fill(path: Path, *records: TeacherRecord, manifest: Manifest = MANIFEST) -> 
             cache.append(r)
         cache.publish()
     return path
+
+
+class Full:
+    """A file on a disk with room for a few more bytes."""
+
+    def __init__(self, file, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken, self.room = data[: self.room], max(0, self.room - len(data))
+        return self.file.write(taken)
+
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_answered_is_kept(tmp_path):
+    with append_to(tmp_path, MANIFEST) as cache:
+        cache.append(A)
+        cache.publish()
+        cache._file = Full(cache._file, room=10)
+        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+            cache.append(C)
+    assert (tmp_path / "records.jsonl").read_bytes() == render_record(A)
+    assert dict(open_cache(fill(tmp_path, C))) == {"a": A, "c": C}
 
 
 def example(key: str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from transformers import AutoModelForCausalLM
 
 import train
 from lite_mentor import checkpoint
+from lite_mentor.checkpoint import versions
+from lite_mentor.student import Student
+from lite_mentor.teacher import TeacherCache
 from lite_mentor.tiny import tiny_student
 
 ROOT = Path(__file__).parent.parent
@@ -195,6 +199,37 @@ def test_resume_under_other_settings(capsys, straight):
     error = complaint(capsys, "--resume", str(straight), "--lr", "0.5", "--steps", "4", "--lora-rank", "16")
     assert "other settings: lora_rank was 8 and is 16; lr was 5e-05 and is 0.5. Resume with" in error
     assert (straight / "config.json").read_bytes() == before
+
+
+def test_resume_of_a_run_whose_files_are_damaged(capsys, straight, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(straight, out)
+    resume = ["--resume", str(out), "--steps", "4"]
+    (out / "rollouts.jsonl").unlink()
+    lines = (out / "metrics.jsonl").read_bytes()
+    (out / "metrics.jsonl").write_bytes(lines.replace(b"1", b"2", 1))
+    error = complaint(capsys, *resume)
+    assert f"{out / 'metrics.jsonl'} is not what was written before that (missing, cut or changed)" in error
+    assert f"{out / 'rollouts.jsonl'} is not what was written before that" in error
+    assert "--resume-anyway" in error
+    assert (out / "metrics.jsonl").read_bytes() == lines.replace(b"1", b"2", 1)
+    error = complaint(capsys, "--resume", str(out), "--steps", "5")
+    assert "steps was 4 and is 5; " in error
+    shutil.rmtree(out / "checkpoints")
+    assert "has RL steps in metrics.jsonl but no checkpoint" in complaint(capsys, *resume)
+    assert (out / "metrics.jsonl").read_bytes() == lines.replace(b"1", b"2", 1)
+
+
+def test_resume_with_another_student_or_other_records(capsys, straight, tmp_path, monkeypatch):
+    resume = ["--resume", str(straight), "--steps", "4"]
+    monkeypatch.setattr(Student, "fingerprint", lambda self: "another")
+    assert "other settings: the student's weights have changed. " in complaint(capsys, *resume)
+    monkeypatch.undo()
+    monkeypatch.setattr(TeacherCache, "usable", lambda self, examples: list(examples)[:-1])
+    assert "other settings: the tasks or the teacher's records have changed. " in complaint(capsys, *resume)
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint, "versions", lambda: {**versions(), "torch": "9.9"})
+    assert "torch was 2." in complaint(capsys, *resume)
 
 
 def test_missing_student_folder(capsys, tmp_path):
