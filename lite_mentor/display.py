@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -162,7 +163,35 @@ def warnings_for(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]
             f"sampler and trainer disagree by {known['logp_gap/mean']:.2f} nats a token; keep --tis-cap on, "
             "and --top-k and --top-p off."
         )
+    return found + _spikes(known, past) + _fallen_reward([*past, metrics])
+
+
+def _spikes(known: Mapping[str, Any], past: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A loss or a gradient far from the last 20 of its phase. Both may be near 0, the loss of either sign."""
+    found = []
+    for name, what, factor, allowance in (("loss", "the loss", 3, 1.0), ("grad_norm", "the gradient's norm", 10, 0.0)):
+        recent = [abs(row[name]) for row in past[-20:] if row.get(name) is not None and math.isfinite(row[name])]
+        if len(recent) < 8 or not math.isfinite(known.get(name, math.nan)):
+            continue
+        usual = statistics.median(recent)
+        if usual and abs(known[name]) > factor * usual + allowance:
+            found.append(
+                f"{what} jumped to {known[name]:.3g}, where {usual:.3g} is usual; if it recurs, lower --lr or "
+                "--max-grad-norm."
+            )
     return found
+
+
+def _fallen_reward(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The mean reward of the last five steps is less than half of what five steps in a row had before."""
+    rewards = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
+    fives = [sum(rewards[i : i + 5]) / 5 for i in range(len(rewards) - 4)]
+    if len(fives) < 10 or not 0 <= fives[-1] < max(fives) / 2:
+        return []
+    return [
+        f"the reward fell from {max(fives):.2f} to {fives[-1]:.2f} (means of 5 steps); read rollouts.jsonl, and start "
+        "again with a lower --lr."
+    ]
 
 
 def _duration(seconds: float) -> str:

@@ -307,12 +307,40 @@ def test_a_healthy_run_has_no_warnings():
         (steady(entropy=0.05), [steady()] * 7 + [steady(entropy=0.05)] * 2, "from 0.500 to 0.050"),
         (steady(**{"ratio/max": 12.4}), [], "12 times as likely"),
         (steady(**{"logp_gap/mean": 0.25}), [], "disagree by 0.25 nats"),
+        (steady(loss=-2.0), [steady(loss=0.1)] * 8, "the loss jumped to -2, where 0.1 is usual"),
+        (steady(grad_norm=5.5), [steady(grad_norm=0.5)] * 8, "the gradient's norm jumped to 5.5, where 0.5 is usual"),
+        (
+            metrics(9, "sft", loss=2.0),
+            [metrics(i, "sft", loss=0.3) for i in range(9)],
+            "the loss jumped to 2, where 0.3",
+        ),
+        (
+            steady(**{"reward/mean": 0.1}),
+            [steady(**{"reward/mean": 0.5})] * 10 + [steady(**{"reward/mean": 0.2})] * 4,
+            "the reward fell from 0.50 to 0.18 (means of 5 steps)",
+        ),
     ],
 )
 def test_each_warning(row, history, expected):
     found = warnings_for(row, history)
     assert len(found) == 1
     assert expected in found[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "history"),
+    [
+        (steady(loss=-1.2), [steady(loss=0.1)] * 8),
+        (steady(loss=9.0), [steady(loss=0.1)] * 7),  # too few to know what is usual
+        (steady(loss=1.1), [metrics(i, "sft", loss=0.01) for i in range(20)]),
+        (steady(grad_norm=4.9), [steady(grad_norm=0.5)] * 8),
+        (steady(grad_norm=0.5), [steady(grad_norm=None)] * 8),
+        (steady(**{"reward/mean": 0.3}), [steady(**{"reward/mean": 0.5})] * 13),
+        (steady(**{"reward/mean": -0.3}), [steady(**{"reward/mean": -0.1})] * 14),
+    ],
+)
+def test_what_warns_of_nothing(row, history):
+    assert warnings_for(row, history) == []
 
 
 def test_the_cold_start_is_no_history_for_the_entropy_of_rl():
