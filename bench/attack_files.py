@@ -11,7 +11,6 @@ import functools
 import hashlib
 import io
 import json
-import logging
 import math
 import tempfile
 from collections.abc import Iterator
@@ -292,7 +291,6 @@ def check_checkpoints(case: dict[str, str], folder: Path) -> None:
             assert hashlib.sha256(case[name].encode("latin-1")).hexdigest() == entry["sha256"]
 
 
-logging.getLogger("lite_mentor").setLevel(logging.ERROR)
 TARGETS = {
     "records": Target(records, check_records, share=6),
     "tasks": Target(tasks, check_tasks, share=8),
