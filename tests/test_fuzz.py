@@ -15,15 +15,15 @@ from bench.attack_text import _Counted
 from bench.hostile import Target
 from lite_mentor.prompt import parse_turn
 
-CASES = {"answers": 100, "prompts": 200, "episodes": 96, "config": 150}
-"""Where a case takes long."""
+CASES = {"calls": 400, "answers": 30, "prompts": 120, "episodes": 64, "bfcl": 200}
+"""Of the others: 120."""
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_nothing_breaks(name):
-    row, failures = fuzz.attack(name, fuzz.TARGETS[name], CASES.get(name, 300), seed=1)
+    row, failures = fuzz.attack(name, fuzz.TARGETS[name], CASES.get(name, 120), seed=1)
     assert failures == []
-    assert row["cases"] >= CASES.get(name, 300)
+    assert row["cases"] >= CASES.get(name, 120)
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
