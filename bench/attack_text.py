@@ -31,7 +31,7 @@ from lite_mentor.tasks import bfcl, make_example
 from lite_mentor.tasks.ood_lookup import generate as lookups
 from lite_mentor.tasks.ood_tools import unseen_tools
 from lite_mentor.tiny import tiny_tokenizer
-from lite_mentor.tools import MAX_RESULT_CHARS, calculator_tools, run_call
+from lite_mentor.tools import MAX_RESULT_CHARS, calculator_tools, caller, run_call
 from lite_mentor.types import CALL_STATUSES, STOP_REASONS, Example, Rollout, TeacherRecord, ToolSpec
 
 NATIVE = (  # describes tools itself, some of their text outside of JSON
@@ -236,8 +236,8 @@ def _play(chat: Chat, examples: list[Example], script, drawn) -> list[Rollout]:
         eos_ids=[END], slots=len(examples), context=1000, chunk=10**6,
     )  # fmt: skip
     return roll_out(
-        engine, chat, examples, group_size=1, limits=Limits(3, 150, 800), sampling=Sampling(temperature=0), seed=0,
-        step=0, run_call=lambda raw, example: run_call(raw, example.tools),
+        engine, chat, examples, group_size=1, limits=Limits(3, 150, 800, 30), sampling=Sampling(temperature=0), seed=0,
+        step=0, run_call=caller(),
     )  # fmt: skip
 
 
