@@ -176,7 +176,10 @@ def _read_manifest(path: Path) -> dict:
             raise _Unsound(f"its format is {manifest['format']!r} and this version reads {FORMAT}")
         if f"step-{manifest['step']:06d}" != path.name:
             raise _Unsound(f"MANIFEST.json is that of step {manifest['step']}")
-        if not isinstance(manifest["config_hash"], str) or not isinstance(manifest["versions"], dict):
+        # These are shown to the user, who has a terminal.
+        versions = manifest["versions"]
+        shown = [manifest["config_hash"], *versions, *(v for v in versions.values() if v is not None)]
+        if not all(isinstance(text, str) and text.isprintable() for text in shown):
             raise _Unsound("MANIFEST.json does not say under which settings and versions it was written")
         if not all(
             _FILE.fullmatch(name) and isinstance(entry, dict) and {*entry} == {"size", "sha256"}

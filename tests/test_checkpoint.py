@@ -76,6 +76,10 @@ def test_nan_in_the_state_is_refused_before_anything_is_written(tmp_path):
     ("field", "value", "reason"),
     [
         ("config_hash", None, "does not say under which settings"),
+        ("config_hash", "\x1b[2J", "does not say under which settings"),
+        ("versions", {"torch": "\n2"}, "does not say under which settings"),
+        ("versions", {"torch": 2}, "does not say under which settings"),
+        ("versions", [], "is not a manifest"),
         ("files", {"state.json": ["size", "sha256"]}, "names files that no checkpoint has"),
         ("files", {}, "'state.json'"),
         ("step", "1", "is not a manifest"),
