@@ -3,6 +3,8 @@
 math-verify guards itself with signals, which cannot stop the arithmetic of `9^{9^{9^9}}`; so it runs in one long-lived
 worker, under limits of wall-clock time and memory, and an answer that breaks a limit is wrong. Only its reading of the
 whole text as LaTeX is used: its reading of prose would pick the 7 out of "5 or 7".
+
+Where it is not the answer that counts but what the calls did to a world, they are played again in such a worker too.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ the world stands where the official calls left it, and the turn is right when th
 (see bfcl_world.py). The four worlds are split in two: file system and car, things that a user works on and looks at,
 are trained on; broker and travel agency, where numbers, tokens and prices that one call returns must be handed to the
 next, are `bfcl_turns_ood`. The APIs that accompany them (messages, posts, tickets, mathematics) occur on both sides.
-All turns of a conversation are in the same split.
+All turns of a conversation are in the same split. Turns whose official calls neither change the world nor return
+anything that was not returned before are left out, for any call at all would be right there.
 
 WHAT WAS TRAINED ON IS NO LONGER A HELD-OUT BENCHMARK: after a run on `bfcl_turns`, BFCL's multi-turn categories have
 been seen in training, for all four are made of the same conversations.
@@ -16,6 +17,7 @@ been seen in training, for all four are made of the same conversations.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 from typing import Any
@@ -33,7 +35,7 @@ APIS = {
 """Every conversation is about one of the four."""
 SUITES = tuple(APIS)
 LEVELS = (1, 2, 3, 4, 5, 6, 7)
-"""Official calls in a turn. The three turns without any are left out: nothing about them is checked."""
+"""Official calls in a turn."""
 LEFT_OUT = {("multi_turn_base_173", 3): "its call closes a ticket by a text where the function takes a number"}
 """Turns whose official calls are not as their functions are published, so that no call of ours could equal them."""
 
@@ -82,11 +84,14 @@ def _turns(name: str) -> tuple[Example, ...]:
 
 def _of_entry(suite: str, api: str, entry: bfcl_world.Entry) -> Iterator[Example]:
     tools = [_tool(function) for class_name in entry.classes for function in bfcl_world.documents(class_name)]
-    world = bfcl_world.World(entry)
+    before, after = bfcl_world.World(entry), bfcl_world.World(entry)
     told: list[str] = []
+    returned: Counter[str] = Counter()
     for turn, (asked, official) in enumerate(zip(entry.asked, entry.gold, strict=True)):
         told.append(f"User: {asked}")
-        if official and (entry.id, turn) not in LEFT_OUT:
+        results = [after.call(call) for call in official]
+        pointless = before.like(after) and Counter(results) <= returned
+        if not pointless and (entry.id, turn) not in LEFT_OUT:
             yield make_example(
                 "\n".join([*told, _CLOSING]),
                 ["done"],
@@ -101,7 +106,10 @@ def _of_entry(suite: str, api: str, entry: bfcl_world.Entry) -> Iterator[Example
                 steps=tuple({"thought": "", "tool": c["name"], "arguments": c["arguments"]} for c in official),
                 final="{answer}",
             )
-        told += [f"{render_call(**call)} -> {_short(world.call(call))}" for call in official]
+        told += [f"{render_call(**call)} -> {_short(result)}" for call, result in zip(official, results, strict=True)]
+        returned.update(results)
+        for call in official:
+            before.call(call)
 
 
 def _tool(function: Mapping[str, Any]) -> ToolSpec:

@@ -126,7 +126,7 @@ def judge(world: Mapping[str, Any], calls: Sequence[Call]) -> bool:
     entry = entry_of(world)
     try:
         return passes(entry, [*entry.gold[: world["turn"]], calls])
-    except RecursionError:  # a folder that was moved into itself
+    except (RecursionError, MemoryError):  # such as a folder that was moved into itself
         return False
 
 
