@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,7 +175,7 @@ def prepare(config: Config) -> Iterator[Run]:
         stack.enter_context(checkpoint.lock(out))
         log = stack.enter_context(RunLog(out, config.asdict(), total_steps=config.steps, resume=bool(config.resume)))
         examples = load_tasks(config, out)
-        teacher = open_teacher(config, log)
+        teacher = open_teacher(config, examples, log)
         examples = teacher.usable(examples)
         student = load_student(
             config.student,
@@ -227,12 +227,15 @@ def load_tasks(config: Config, out: Path) -> list[Example]:
     )  # fmt: skip
 
 
-def open_teacher(config: Config, log: RunLog) -> TeacherCache:
-    """The cache that --teacher names; or the built-in tasks' own solutions, which `lite_mentor.teach` writes once."""
+def open_teacher(config: Config, examples: Sequence[Example], log: RunLog) -> TeacherCache:
+    """The cache that --teacher names; or the built-in tasks' own solutions, which `lite_mentor.teach` writes once.
+
+    Its folder is named by what the tasks are, so that a version which makes other tasks does not find these.
+    """
     if config.teacher:
         return open_cache(Path(config.teacher))
-    levels = "-".join(map(str, config.levels))
-    folder = cache_folder() / "teachers" / f"{config.task}-{levels}-{config.train_size}"
+    content = hashlib.sha256(" ".join(example.key for example in examples).encode()).hexdigest()
+    folder = cache_folder() / "teachers" / f"{config.task}-{len(examples)}-{content[:12]}"
     if not (folder / "manifest.json").exists():
         command = [sys.executable, "-m", "lite_mentor.teach", "--suite", config.task, "--source", "oracle"]
         command += ["--size", str(config.train_size), "--levels", *map(str, config.levels), "--out", str(folder)]
