@@ -78,7 +78,7 @@ class Config:
     """Recompute activations in the backward: less memory, about a third more time."""
 
     task: str = "math_varied"
-    """Training tasks: a built-in suite (math_varied, math, gsm_symbolic, tiny), or a .jsonl or .parquet file."""
+    """Training tasks: a built-in suite (math_varied, math, gsm_symbolic, bfcl_turns), or a .jsonl or .parquet file."""
     levels: tuple[int, ...] = (1,)
     """Difficulty of the built-in tasks, as the number of calls a solution needs."""
     train_size: int = 2000
