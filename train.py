@@ -62,9 +62,10 @@ def train(run: Run) -> None:
                 run.guard.passed()  # so that a resumed run has three tries again
                 run.save(step)
                 raise
-            if c.eval_every and (step + 1) % c.eval_every == 0 and step + 1 < c.steps:
+            evaluated = c.eval_every and (step + 1) % c.eval_every == 0 and step + 1 < c.steps
+            if evaluated:
                 evaluate_suites(run, step + 1, "step")
-            if (step + 1) % c.save_every == 0 or step + 1 == c.steps or stop.requested:
+            if evaluated or (step + 1) % c.save_every == 0 or step + 1 == c.steps or stop.requested:
                 run.save(step + 1)
             if stop.requested:
                 raise KeyboardInterrupt

@@ -62,8 +62,9 @@ def save(
     state: Mapping[str, Any],
     config_hash: str,
     keep: int,
+    spare: int | None = None,
 ) -> Path:
-    """Write `checkpoints/step-<step>` of the run `root`, then drop all but the newest `keep` up to this step.
+    """Write `checkpoints/step-<step>` of the run `root`; up to this step, keep the newest `keep` and step `spare`.
 
     One rename makes the checkpoint appear: a kill at any moment leaves the older ones as they were. A step names ONE
     state: a sound checkpoint of this step with the same tensors stays. Raises UserError when it cannot be written.
@@ -91,6 +92,8 @@ def save(
         temporary.rename(target)
         _sync_folder(folder)
         for old in [path for number, path in _steps(root) if number <= step][max(1, keep) :]:
+            if int(_STEP.fullmatch(old.name)[1]) == spare:
+                continue
             old.rename(folder / f".tmp-pruned-{old.name}")  # so that no half-deleted folder is ever named step-*
         _sweep(folder)
     except OSError as error:

@@ -157,7 +157,7 @@ class Config:
     save_every: int = 9
     """Steps between checkpoints."""
     eval_every: int = 0
-    """Steps between evaluations during RL; 0: only before and after."""
+    """Steps between evaluations during RL, with a checkpoint each; the best on `validation` is kept. 0: no such."""
     track: Literal["none", "tensorboard"] = "none"
     """Also write every number of metrics.jsonl to TensorBoard files in the run's folder (extra `track`)."""
 

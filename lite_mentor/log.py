@@ -110,6 +110,12 @@ class RunLog:
             rows = [row for row in map(json.loads, lines) if (row["name"], row["suite"]) == (name, suite)]
         return rows[-1] if rows else None
 
+    def best_step(self, suite: str) -> int | None:
+        """After how many steps the suite was answered best so far; of equals the latest; None without evaluations."""
+        with open(self.out / "eval.jsonl", encoding="utf-8") as lines:
+            rows = [row for row in map(json.loads, lines) if row["suite"] == suite]
+        return max((row["accuracy"], row["step"]) for row in rows)[1] if rows else None
+
     def note(self, text: str) -> None:
         """Show a sentence about what the run is doing."""
         self._display.note(text)

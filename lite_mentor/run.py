@@ -81,6 +81,7 @@ class Run:
             | {"refused_in_a_row": self.guard.in_a_row, "config": self.config.asdict(), "identity": self.identity()},
             config_hash=self.config.hash(),
             keep=2,
+            spare=self.log.best_step("validation") if self.config.eval_every else None,
         )
 
     def restore(self) -> int | None:

@@ -116,6 +116,8 @@ def test_pruning_keeps_the_newest_and_spares_strangers(tmp_path):
     (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
     write(tmp_path, 10, keep=2)
     assert names(tmp_path) == ["notes.txt", "step-000005", "step-000010"]
+    save(tmp_path, 11, tensors={}, state={}, config_hash="h", keep=1, spare=5)
+    assert names(tmp_path) == ["notes.txt", "step-000005", "step-000011"]
     write(tmp_path, 1_000_000, keep=1)
     assert names(tmp_path) == ["notes.txt", "step-1000000"]
 

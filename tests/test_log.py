@@ -347,6 +347,14 @@ def test_the_cold_start_is_no_history_for_the_entropy_of_rl():
     assert warnings_for(steady(entropy=0.05), [metrics(0, "sft", entropy=5.0)] * 9) == []
 
 
+def test_the_best_step_is_the_latest_of_equals(run):
+    assert run.best_step("validation") is None
+    for step, suite, accuracy in [(0, "validation", 0.2), (2, "validation", 0.6), (4, "validation", 0.6),
+                                  (4, "test", 0.9), (6, "validation", 0.5)]:  # fmt: skip
+        run.evaluation(step, "step", suite, RESULT | {"accuracy": accuracy})
+    assert run.best_step("validation") == 4
+
+
 def test_stopwatch_adds_stages_and_starts_again(monkeypatch):
     ticks = iter([0.0, 1.0, 3.0, 10.0, 14.0, 20.0, 21.0])
     monkeypatch.setattr(log.time, "perf_counter", lambda: next(ticks))
