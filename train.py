@@ -83,10 +83,7 @@ def cold_start(run: Run) -> None:
         return
     run.log.note(f"cold start: {c.sft_steps} supervised steps on {c.sft_steps * c.sft_batch} teacher records")
     chosen = run.examples[: c.sft_steps * c.sft_batch]
-    rollouts = [
-        sft.teacher_rollout(run.chat, e, run.teacher[e.key], run.student.eos_ids[0], c.max_result_tokens)
-        for e in chosen
-    ]
+    rollouts = sft.teacher_rollouts(run.chat, chosen, run.teacher, run.student.eos_ids[0], c)
     optimizer = make_optimizer(run.student.trainable(), c)
     for metrics in sft.cold_start(run.student, optimizer, rollouts, c, run.guard):
         run.log.step(metrics)

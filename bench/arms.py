@@ -157,8 +157,7 @@ def more_supervision(run: Run, cold: Path) -> Iterator[int]:
 
 
 def _supervised(run: Run, examples, config: Config) -> Iterator[int]:
-    end, most = run.student.eos_ids[0], config.max_result_tokens
-    records = [sft.teacher_rollout(run.chat, e, run.teacher[e.key], end, most) for e in examples]
+    records = sft.teacher_rollouts(run.chat, examples, run.teacher, run.student.eos_ids[0], config)
     optimizer = make_optimizer(run.student.trainable(), config)
     for metrics in sft.cold_start(run.student, optimizer, records, config, run.guard):
         run.log.step(metrics)

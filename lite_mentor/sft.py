@@ -7,7 +7,7 @@ ones RL uses. The support gate asks first whether a cold start is needed at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -16,6 +16,7 @@ from lite_mentor.config import Config
 from lite_mentor.loss import logprobs
 from lite_mentor.optim import Guard, apply_gradients, blame, learning_rate
 from lite_mentor.prompt import Chat
+from lite_mentor.slips import SLIP, with_slips
 from lite_mentor.student import Student
 from lite_mentor.types import Batch, Example, Rollout, Scored, TeacherRecord
 
@@ -30,10 +31,21 @@ def support(rollouts: Sequence[Rollout]) -> float:
     return sum(any(call.status == "ok" for call in r.calls) for r in rollouts) / len(rollouts)
 
 
+def teacher_rollouts(
+    chat: Chat, examples: Sequence[Example], teacher: Mapping[str, TeacherRecord], end_id: int, config: Config
+) -> list[Rollout]:
+    """The records of these examples as the cold start sees them, `config.sft_slips` of them with a slip."""
+    records = with_slips(examples, [teacher[e.key] for e in examples], share=config.sft_slips, seed=config.seed)
+    return [
+        teacher_rollout(chat, example, record, end_id, config.max_result_tokens)
+        for example, record in zip(examples, records, strict=True)
+    ]
+
+
 def teacher_rollout(
     chat: Chat, example: Example, record: TeacherRecord, end_id: int, max_result_tokens: int = 256
 ) -> Rollout:
-    """A teacher's trajectory as the student's template would hold it; assistant tokens are marked as sampled."""
+    """A teacher's trajectory as the student's template would hold it; its own turns' tokens are marked as sampled."""
     ids = chat.prompt_ids(example)
     prompt_length = len(ids)
     sampled = [False] * prompt_length
@@ -45,9 +57,9 @@ def teacher_rollout(
         if results:
             suffix = chat.result_ids(results)
             ids, sampled, results = ids + suffix, sampled + [False] * len(suffix), []
-        if message["role"] == "assistant":
+        if message["role"] in ("assistant", SLIP):
             turn = chat.turn_ids(message["content"], end_id)
-            ids, sampled = ids + turn, sampled + [True] * len(turn)
+            ids, sampled = ids + turn, sampled + [message["role"] == "assistant"] * len(turn)
     return Rollout(
         example_key=example.key,
         group=0,
@@ -57,7 +69,7 @@ def teacher_rollout(
         behaviour_logp=torch.zeros(len(ids)),
         prompt_length=prompt_length,
         calls=record.calls,
-        turns=sum(m["role"] == "assistant" for m in record.messages),
+        turns=sum(m["role"] in ("assistant", SLIP) for m in record.messages),
         answer=record.answer,
         stop="answer",
     )
