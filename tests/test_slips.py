@@ -108,7 +108,7 @@ def test_the_slip_and_its_error_are_read_and_not_learned(examples, records):
         shown = sft.teacher_rollouts(
             chat, examples[:8], teacher, end, dataclasses.replace(PRESETS["quick"], sft_slips=share)
         )
-        for example, record, rollout in zip(examples, records[:8], shown, strict=True):
+        for example, record, rollout in zip(examples[:8], records[:8], shown, strict=True):
             turns = [chat.turn_ids(m["content"], end) for m in record.messages if m["role"] == "assistant"]
             assert rollout.ids[rollout.sampled].tolist() == [i for turn in turns for i in turn]
             plain = sft.teacher_rollout(chat, example, record, end)
