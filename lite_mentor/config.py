@@ -113,7 +113,7 @@ class Config:
     """Sample from the smallest set of tokens with this much probability; 1 is off."""
     max_turns: int = 4
     """Assistant turns in an episode; a call in the last one leaves it unfinished."""
-    max_new_tokens: int = 128
+    max_new_tokens: int = 256
     """Tokens after the prompt, over all turns, tool results included."""
     max_result_tokens: int = 256
     """Of a tool's result; the student reads the beginning of a longer one, and how much was cut."""

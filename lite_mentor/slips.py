@@ -1,9 +1,10 @@
 """Slips: calls that fail, put before a teacher's turn, so that the cold start also shows how to go on after an error.
 
 A teacher hardly ever errs, so a student that has only its records to learn from gives up at its first failed call and
-makes an answer up (bench/LOG.md). A slip is a damaged copy of the teacher's own turn: a tool that is not offered, an
-argument that does not exist or is missing, JSON that does not end. Neither it nor the error that follows carries a
-loss; what is learned is the teacher's turn, said after an error. The teacher's cache stays as it is, and no tool runs.
+makes an answer up (bench/LOG.md). A slip is a damaged copy of the teacher's own turn, with the errors that students
+make: another tool of the question, which does not take these arguments; a tool that is not offered; an argument that
+does not exist; JSON that does not end. Neither it nor the error that follows carries a loss; what is learned is the
+teacher's turn, said after an error. The teacher's cache stays as it is, and no tool runs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from random import Random
 
 from lite_mentor.prompt import parse_turn
 from lite_mentor.tools import render_call, run_call
-from lite_mentor.types import Example, TeacherRecord, ToolCall
+from lite_mentor.types import Example, TeacherRecord, ToolCall, ToolSpec
 
 SLIP = "slip"
 """The role of a message that the student reads as its own, and that carries no loss."""
@@ -48,10 +49,16 @@ def _with_slip(
     at = random.choice(turns)
     said = record.messages[at]["content"]
     call = _only_call(said, example)
-    damaged = (damage(random, call, tools, arguments) for damage in random.sample(_DAMAGES, len(_DAMAGES)))
-    failed = next(slip for slip in (_checked(raw, example) for raw in damaged) if slip.status != "ok")
+    ways = [
+        lambda: _with_tool(call, random.choice(example.tools)),
+        lambda: render_call(random.choice(tools), call.arguments),
+        lambda: _with_argument(call, random, arguments),
+        lambda: call.raw.rstrip()[:-1],  # never JSON, so that one way always fails
+    ]
+    random.shuffle(ways)
+    failed = next(slip for slip in (_checked(damage(), example) for damage in ways) if slip.status != "ok")
     before, after = said.split(call.raw, 1)
-    if failed.status == "unknown_tool":  # a sentence before the call that names the tool slips with it
+    if failed.name:  # a sentence before the call that names the tool slips with it
         before = re.sub(rf"\b{re.escape(call.name)}\b", failed.name, before)
     slip = (
         {"role": SLIP, "content": before + failed.raw + after},
@@ -73,23 +80,14 @@ def _checked(raw: str, example: Example) -> ToolCall:
     return run_call(raw, elsewhere, run_path=lambda path, arguments: ("ok", ""))
 
 
-def _other_tool(random: Random, call: ToolCall, tools: Sequence[str], arguments: Sequence[str]) -> str:
-    return render_call(random.choice(tools), call.arguments)
+def _with_tool(call: ToolCall, tool: ToolSpec) -> str:
+    """The same values for another tool, under its own arguments' names as far as these go."""
+    own = [*tool.parameters.get("properties", {})]
+    names = [*own, *list(call.arguments)[len(own) :]]
+    return render_call(tool.name, dict(zip(names, call.arguments.values(), strict=False)))
 
 
-def _other_argument(random: Random, call: ToolCall, tools: Sequence[str], arguments: Sequence[str]) -> str:
-    old, new = random.choice(list(call.arguments) or [""]), random.choice(arguments or [""])
+def _with_argument(call: ToolCall, random: Random, names: Sequence[str]) -> str:
+    """One argument under another name."""
+    old, new = random.choice(list(call.arguments) or [""]), random.choice(names or [""])
     return render_call(call.name, {new if name == old else name: value for name, value in call.arguments.items()})
-
-
-def _missing_argument(random: Random, call: ToolCall, tools: Sequence[str], arguments: Sequence[str]) -> str:
-    left_out = random.choice(list(call.arguments) or [""])
-    return render_call(call.name, {name: value for name, value in call.arguments.items() if name != left_out})
-
-
-def _unfinished(random: Random, call: ToolCall, tools: Sequence[str], arguments: Sequence[str]) -> str:
-    """Not JSON, whatever the call is."""
-    return call.raw.rstrip()[:-1]
-
-
-_DAMAGES = (_other_tool, _other_argument, _missing_argument, _unfinished)
