@@ -96,8 +96,6 @@ class Config:
     """Teacher records in a supervised step."""
     sft_lr: float = 1e-3
     """Peak learning rate of the cold start."""
-    sft_slips: float = 0.3
-    """Share of the cold start's records in which a call that fails comes first, so that errors are gone on from."""
 
     steps: int = 18
     """RL steps."""
@@ -113,7 +111,7 @@ class Config:
     """Sample from the smallest set of tokens with this much probability; 1 is off."""
     max_turns: int = 4
     """Assistant turns in an episode; a call in the last one leaves it unfinished."""
-    max_new_tokens: int = 256
+    max_new_tokens: int = 128
     """Tokens after the prompt, over all turns, tool results included."""
     max_result_tokens: int = 256
     """Of a tool's result; the student reads the beginning of a longer one, and how much was cut."""
@@ -246,7 +244,7 @@ PRESETS: dict[str, Config] = {
     "quick": Config(),
     "tiny": Config(
         preset="tiny", student="tiny", quant="none", dtype="fp32", task="tiny", levels=(1,), lora_rank=64,
-        lora_alpha=64, eval_suites=("validation", "test"), sft_steps=75, sft_batch=32, sft_lr=5e-3, sft_slips=0.0,
+        lora_alpha=64, eval_suites=("validation", "test"), sft_steps=75, sft_batch=32, sft_lr=5e-3,
         steps=28, prompts_per_step=32, max_turns=3, max_new_tokens=96, max_prompt_tokens=256, lr=5e-5,
         micro_tokens=8192, save_every=14,
     ),
@@ -330,8 +328,6 @@ def check(config: Config) -> None:
                 raise UserError(f"--{name.replace('_', '-')} is {part}; it must be finite.")
     if config.group_size < 2:
         raise UserError("--group-size is 1, so no rollout has another to be compared with; use 2 or more.")
-    if not 0 <= config.sft_slips <= 1:
-        raise UserError(f"--sft-slips is {config.sft_slips}; give a share between 0 and 1.")
     if config.cache_gib < 0:
         raise UserError(f"--cache-gib is {config.cache_gib}; give the GiB that the cache may take, or 0.")
     if not 0 < config.top_p <= 1 or config.top_k < 0:

@@ -16,7 +16,6 @@ from lite_mentor.config import Config
 from lite_mentor.loss import logprobs
 from lite_mentor.optim import Guard, apply_gradients, blame, learning_rate
 from lite_mentor.prompt import Chat
-from lite_mentor.slips import SLIP, with_slips
 from lite_mentor.student import Student
 from lite_mentor.types import Batch, Example, Rollout, Scored, TeacherRecord
 
@@ -34,18 +33,14 @@ def support(rollouts: Sequence[Rollout]) -> float:
 def teacher_rollouts(
     chat: Chat, examples: Sequence[Example], teacher: Mapping[str, TeacherRecord], end_id: int, config: Config
 ) -> list[Rollout]:
-    """The records of these examples as the cold start sees them, `config.sft_slips` of them with a slip."""
-    records = with_slips(examples, [teacher[e.key] for e in examples], share=config.sft_slips, seed=config.seed)
-    return [
-        teacher_rollout(chat, example, record, end_id, config.max_result_tokens)
-        for example, record in zip(examples, records, strict=True)
-    ]
+    """The records of these examples as the cold start reads them."""
+    return [teacher_rollout(chat, e, teacher[e.key], end_id, config.max_result_tokens) for e in examples]
 
 
 def teacher_rollout(
     chat: Chat, example: Example, record: TeacherRecord, end_id: int, max_result_tokens: int = 256
 ) -> Rollout:
-    """A teacher's trajectory as the student's template would hold it; its own turns' tokens are marked as sampled."""
+    """A teacher's trajectory as the student's template would hold it; assistant tokens are marked as sampled."""
     ids = chat.prompt_ids(example)
     prompt_length = len(ids)
     sampled = [False] * prompt_length
@@ -57,9 +52,9 @@ def teacher_rollout(
         if results:
             suffix = chat.result_ids(results)
             ids, sampled, results = ids + suffix, sampled + [False] * len(suffix), []
-        if message["role"] in ("assistant", SLIP):
+        if message["role"] == "assistant":
             turn = chat.turn_ids(message["content"], end_id)
-            ids, sampled = ids + turn, sampled + [message["role"] == "assistant"] * len(turn)
+            ids, sampled = ids + turn, sampled + [True] * len(turn)
     return Rollout(
         example_key=example.key,
         group=0,
@@ -69,7 +64,7 @@ def teacher_rollout(
         behaviour_logp=torch.zeros(len(ids)),
         prompt_length=prompt_length,
         calls=record.calls,
-        turns=sum(m["role"] in ("assistant", SLIP) for m in record.messages),
+        turns=sum(m["role"] == "assistant" for m in record.messages),
         answer=record.answer,
         stop="answer",
     )
