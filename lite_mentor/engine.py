@@ -22,11 +22,12 @@ is the inverse-CDF of uniform t. Batch order, batch size and scheduling cannot c
 from __future__ import annotations
 
 import collections.abc as abc
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
+from mentor_kernels import sample
 
 from lite_mentor.errors import UserError
 from lite_mentor.paging import DecodePlan, PagePool, Span
@@ -77,7 +78,7 @@ class Engine:
     The pool has room for `tokens` tokens in pages of `page` (by default for all slots at their longest).
 
     `forward(ids_1T, positions_1T, plan) -> hidden_TH` runs the student's backbone with our attention plan;
-    `head(hidden_RH) -> logits_RV` float32.
+    `head(hidden_RH) -> logits_RV` float32. `backend` is that of the sampling kernel.
     """
 
     def __init__(
@@ -96,8 +97,9 @@ class Engine:
         tokens: int | None = None,
         page: int = 16,
         chunk: int = 2048,
+        backend: str | None = None,
     ):
-        self.forward, self.head = forward, head
+        self.forward, self.head, self.backend = forward, head, backend
         self.eos_ids = frozenset(eos_ids)
         self.slots, self.context, self.chunk, self.device = slots, context, chunk, torch.device(device)
         pages = -(-(slots * context if tokens is None else tokens) // page)
@@ -123,6 +125,7 @@ class Engine:
         gib: float = 0.0,
         tokens: int | None = None,
         page: int = 16,
+        backend: str | None = None,
     ) -> Engine:
         """An engine that samples from the student's rollout weights.
 
@@ -155,6 +158,7 @@ class Engine:
             page=page,
             device=student.device,
             dtype=student.dtype,
+            backend=backend,
         )
 
     def describe(self) -> str:
@@ -234,10 +238,7 @@ class Engine:
         row_of = {id(leader): r for r, followers in enumerate(rows) for leader in followers}
         drawing = [s for s in self.speaking if id(s) in row_of]
         logits_BV = self.head(hidden_RH)[[row_of[id(s)] for s in drawing]]
-        uniforms = [s.uniforms[len(s.ids) - s.prompt_length] for s in drawing]
-        uniform_B = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)
-        ids_B, logp_B = sample(logits_BV, uniform_B, self.sampling)
-        for s, token, logp in zip(drawing, ids_B.tolist(), logp_B.tolist(), strict=True):
+        for s, token, logp in zip(drawing, *self._draw(logits_BV, drawing), strict=True):
             s.ids.append(token)
             s.sampled.append(True)
             s.logp.append(logp)
@@ -246,6 +247,22 @@ class Engine:
         finished = {id(s) for s in done}
         self.speaking = [s for s in self.speaking if id(s) not in finished]
         return done
+
+    def _draw(self, logits_BV: torch.Tensor, drawing: list[Sequence]) -> tuple[list[int], list[float]]:
+        """The next token of each sequence, and its logprob."""
+        uniforms = [s.uniforms[len(s.ids) - s.prompt_length] for s in drawing]
+        uniform_B = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)
+        how = self.sampling
+        out = sample(
+            logits_BV, uniform_B, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, backend=self.backend
+        )
+        logp = out.logprob_B.tolist()
+        if any(map(math.isnan, logp)):
+            raise UserError(
+                "The student's logits hold NaN or infinity, so no token can be drawn from them; its weights are broken "
+                "or too large for this dtype: try --dtype fp32, or another --student."
+            )
+        return out.token_B.tolist(), logp
 
     def _admit(self) -> None:
         """Let waiting sequences in while there are a slot and pages for the next one."""
@@ -369,44 +386,6 @@ def _affordable_tokens(token_bytes: int, most: int, gib: float, device: torch.de
 
 def _prompt(sequence: Sequence) -> list[int]:
     return sequence.ids[: sequence.prompt_length]
-
-
-def sample(logits_BV: torch.Tensor, uniform_B: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse-CDF sampling: ids int64 [B], and float32 [B] logprobs under the distribution that was sampled from."""
-    if sampling.temperature == 0:
-        ids_B = logits_BV.argmax(-1)
-        return ids_B, logits_BV.log_softmax(-1).gather(-1, ids_B[:, None])[:, 0]
-    logits_BV = _truncate(logits_BV.float() / sampling.temperature, sampling)
-    logp_BV = logits_BV.log_softmax(-1)
-    # The cdf in two levels, blocks and then tokens: one pass over the vocabulary instead of a float64 scan of it.
-    vocabulary = logits_BV.shape[-1]
-    p_BKJ = F.pad(logp_BV.exp(), (0, -vocabulary % _BLOCK)).unflatten(-1, (-1, _BLOCK))
-    mass_BK = p_BKJ.sum(-1, dtype=torch.float64)
-    cdf_BK = mass_BK.cumsum(-1)
-    # A rounded cdf may end a little off 1: scale the draw to it. `right` skips what has probability zero.
-    draw_B1 = uniform_B[:, None] * cdf_BK[:, -1:]
-    block_B1 = torch.searchsorted(cdf_BK, draw_B1, right=True).clamp_(max=cdf_BK.shape[-1] - 1)
-    inside_BJ = p_BKJ.gather(1, block_B1[..., None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(-1)
-    rest_B1 = draw_B1 - (cdf_BK - mass_BK).gather(-1, block_B1)
-    rest_B1 = torch.minimum(rest_B1, inside_BJ[:, -1:] * (1 - 2**-50))  # rounding must not leave the block
-    ids_B1 = block_B1 * _BLOCK + torch.searchsorted(inside_BJ, rest_B1, right=True)
-    return ids_B1[:, 0], logp_BV.gather(-1, ids_B1)[:, 0]
-
-
-_BLOCK = 256
-
-
-def _truncate(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Keep the top_k tokens, then the smallest set with probability top_p; the rest become -inf."""
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        smallest_B1 = logits_BV.topk(sampling.top_k).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, float("-inf"))
-    if sampling.top_p < 1:
-        ordered_BV, order_BV = logits_BV.sort(descending=True)
-        before_BV = ordered_BV.softmax(-1).cumsum(-1) - ordered_BV.softmax(-1)
-        drop_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= sampling.top_p)
-        logits_BV = logits_BV.masked_fill(drop_BV, float("-inf"))
-    return logits_BV
 
 
 def common_prefix(rows: abc.Sequence[abc.Sequence[int]]) -> list[int]:

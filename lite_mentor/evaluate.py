@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=config.device, dtype=config.dtype,
         )  # fmt: skip
         context = config.max_prompt_tokens + config.max_new_tokens
-        engine = Engine.of(student, slots=64, context=context, gib=config.cache_gib)
+        engine = Engine.of(student, slots=64, context=context, gib=config.cache_gib, backend=config.kernel_backend)
         limits = limits_of(config)
         first: dict[str, dict] = {}
         with open_sandbox(options.sandbox) as sandbox:

@@ -192,7 +192,9 @@ def prepare(config: Config) -> Iterator[Run]:
         if device != "cpu" or config.check:  # before the cache takes what the update leaves
             log.note(prove_fit(student, config))
         context = config.max_prompt_tokens + config.max_new_tokens
-        engine = Engine.of(student, slots=slots(config), context=context, gib=config.cache_gib)
+        engine = Engine.of(
+            student, slots=slots(config), context=context, gib=config.cache_gib, backend=config.kernel_backend
+        )
         log.note(engine.describe())
         sandbox = stack.enter_context(open_sandbox(config.sandbox))
         log.note(sandbox.note)

@@ -15,7 +15,7 @@ ORDER = [
     "batch", "loss", "optim", "sft", "checkpoint", "statistics", "evaluate", "display", "log", "charts", "page",
     "report", "fit", "run",
 ]  # fmt: skip
-MAY_IMPORT_KERNELS = {"loss", "reward", "student"}
+MAY_IMPORT_KERNELS = {"loss", "reward", "student", "engine"}
 
 
 def room_of(path: Path) -> str:

@@ -4,6 +4,7 @@
     linear_kl            two hidden states and the head -> exact KL of each row
     policy_loss          logprobs -> GRPO-family loss, importance correction, KL, entropy bonus, metrics
     linear_policy_loss   all of these in one, with one sweep over the vocabulary for the gradient
+    sample               logits -> a token of each row by inverse CDF, and its logprob
     group_advantage      tool sets and answers -> composite reward and group-relative advantage
 
 `backend` is "torch", "triton" or None (the best one for the device). Start reading at kernels/README.md.
@@ -16,6 +17,7 @@ from mentor_kernels.linear_kl import linear_kl
 from mentor_kernels.linear_logprob import LogprobOut, linear_logprob
 from mentor_kernels.linear_policy_loss import linear_policy_loss
 from mentor_kernels.policy_loss import Normaliser, PolicyLossConfig, PolicyLossOut, policy_loss
+from mentor_kernels.sample import SampleOut, sample
 
 __all__ = [
     "STANDARD_TERMS",
@@ -25,9 +27,11 @@ __all__ = [
     "PolicyLossConfig",
     "PolicyLossOut",
     "RewardConfig",
+    "SampleOut",
     "group_advantage",
     "linear_kl",
     "linear_logprob",
     "linear_policy_loss",
     "policy_loss",
+    "sample",
 ]

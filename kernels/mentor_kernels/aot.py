@@ -31,8 +31,8 @@ from triton.compiler import ASTSource
 from mentor_kernels.backend import interpreted
 
 # The package's attributes of these names are the operators.
-HEAD, POLICY, ADVANTAGE = (
-    sys.modules[f"mentor_kernels.{name}"] for name in ("linear_logprob", "policy_loss", "group_advantage")
+HEAD, POLICY, ADVANTAGE, SAMPLE = (
+    sys.modules[f"mentor_kernels.{name}"] for name in ("linear_logprob", "policy_loss", "group_advantage", "sample")
 )
 
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
@@ -216,6 +216,17 @@ def whole_step(own: bool) -> Variant:
     return Variant(name, kernel, launch, types, dict(OWN=own, BLOCK=ADVANTAGE.BLOCK))
 
 
+def sampling(dtype: str, greedy: bool) -> Variant:
+    """A token of each row of logits."""
+    kernel = SAMPLE._sample_rows
+    pointers = {"logits_ptr": "*" + dtype, "draw_ptr": "*i64", "token_ptr": "*i64"}
+    types, _ = _arguments(kernel, {**pointers, "inverse_temperature": "fp32"})
+    launch = HEAD.Launch({}, SAMPLE.WARPS, 3)
+    name = " ".join(["sample", dtype, *_marks(greedy=greedy)])
+    constants = dict(GREEDY=greedy, ONE=SAMPLE.ONE, BLOCK=SAMPLE.BLOCK)
+    return Variant(name, kernel, launch, types, constants, aligned=("V", "stride"))
+
+
 def _marks(**flags: bool) -> list[str]:
     return [name for name, on in flags.items() if on]
 
@@ -242,6 +253,7 @@ def variants() -> list[Variant]:
             for advantage in ("dr_grpo", "grpo", "gdpo")
         ),
         *(whole_step(own) for own in booleans),
+        *(sampling(dtype, greedy) for dtype in BYTES for greedy in booleans),
     ]
 
 

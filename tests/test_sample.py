@@ -1,0 +1,341 @@
+"""Sampling: both backends against the float64 CDF on every trap, what a row's bits depend on, and garbage."""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mentor_kernels import sample
+from mentor_kernels.sample import BLOCK, TORCH_BLOCK, SampleOut, _inverse_cdf, _sample
+from sample_checks import SampleCase, check_sample, sample_cases, uniforms
+
+MODULE = sys.modules["mentor_kernels.sample"]
+triton_sample = partial(sample, backend="triton")
+torch_sample = partial(sample, backend="torch")
+NAMES = [case.name for case in sample_cases(torch.float32, 400)]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def draw(request, kernel_device):
+    """`sample` of one backend, on the device that is tested; results on the CPU."""
+
+    def run(logits_BV, uniform_B, **options) -> SampleOut:
+        uniform_B = torch.as_tensor(uniform_B, dtype=torch.float64)
+        out = sample(logits_BV.to(kernel_device), uniform_B.to(kernel_device), backend=request.param, **options)
+        return SampleOut(*(x.cpu() for x in out))
+
+    return run
+
+
+# --- garbage -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("logits", "uniform", "options", "sentence"),
+    [
+        (torch.zeros(3), torch.zeros(3), {}, r"or float16 \[B, V\], not torch.float32 \(3,\)"),
+        (torch.zeros(2, 3).double(), torch.zeros(2), {}, "not torch.float64"),
+        (torch.zeros(2, 0), torch.zeros(2), {}, "a vocabulary has 1 to 4194304 tokens, not 0"),
+        (torch.zeros(1, 1).expand(1, 2**22 + 1), torch.zeros(1), {}, "not 4194305"),
+        (torch.zeros(2, 3), torch.zeros(3), {}, r"or float64 \[2\], not torch.float32 \(3,\)"),
+        (torch.zeros(2, 3), torch.zeros(2).long(), {}, "not torch.int64"),
+        (torch.zeros(2, 3), torch.zeros(2, device="meta"), {}, "uniform_B is on meta, but logits_BV on cpu"),
+        (torch.zeros(2, 3), torch.zeros(2), dict(temperature=-1.0), "temperature must be finite and not negative"),
+        (torch.zeros(2, 3), torch.zeros(2), dict(temperature=math.nan), "temperature must be finite"),
+        (torch.zeros(2, 3), torch.zeros(2), dict(temperature=math.inf), "temperature must be finite"),
+        (torch.zeros(2, 3), torch.zeros(2), dict(top_k=-1), "top_k must not be negative"),
+        (torch.zeros(2, 3), torch.zeros(2), dict(top_p=0.0), r"top_p lie in \(0, 1\]"),
+        (torch.zeros(2, 3), torch.zeros(2), dict(backend="cuda"), "backend must be"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(logits, uniform, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        sample(logits, uniform, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes bf16")
+def test_the_interpreter_is_not_trusted_with_bf16():
+    with pytest.raises(ValueError, match="interpreter computes garbage from bfloat16"):
+        triton_sample(torch.zeros(1, 3, dtype=torch.bfloat16), torch.zeros(1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("columns", [1, 10, 300, BLOCK + 300])
+def test_a_row_without_a_distribution_spoils_itself_alone(draw, columns, temperature):
+    logits = torch.zeros(6, columns)
+    logits[0, columns // 2] = math.nan
+    logits[1, -1] = math.inf
+    logits[2] = -math.inf
+    logits[3] = math.nan
+    token_B, logprob_B = draw(logits, [0.985] * 6, temperature=temperature)
+    assert token_B[:4].tolist() == [0] * 4
+    assert logprob_B[:4].isnan().all()
+    want = 0 if temperature == 0 else int(0.985 * columns)
+    assert token_B[4:].tolist() == [want] * 2
+    assert logprob_B[4:].tolist() == pytest.approx([-math.log(columns)] * 2, abs=1e-5)
+
+
+def test_uniforms_outside_count_as_the_nearest_inside(draw):
+    logits = torch.zeros(4, 300)
+    assert draw(logits, [-0.5, 1.0, 7.0, math.inf]).token_B.tolist() == [0, 299, 299, 299]
+
+
+def test_no_rows(draw):
+    token_B, logprob_B = draw(torch.zeros(0, 5), [])
+    assert (token_B.shape, token_B.dtype, logprob_B.shape, logprob_B.dtype) == ((0,), torch.int64, (0,), torch.float32)
+
+
+# --- against float64 -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("i", range(len(NAMES)), ids=NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_torch_against_float64(dtype, i):
+    cases = sample_cases(dtype, TORCH_BLOCK * 3 // 2)
+    if i < len(cases):
+        check_sample(torch_sample, cases[i])
+
+
+@pytest.mark.parametrize("i", range(len(NAMES)), ids=NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_kernel_against_float64(kernel_device, dtype, i):
+    cases = sample_cases(dtype, BLOCK)
+    if i < len(cases):
+        check_sample(triton_sample, cases[i], kernel_device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("i", range(len(NAMES) - 1), ids=NAMES[:-1])
+def test_the_kernel_against_float64_in_bf16(i):
+    check_sample(triton_sample, sample_cases(torch.bfloat16, BLOCK)[i], "cuda")
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32 - 1), columns=st.integers(1, 700), size=st.floats(0, 30),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]), share=st.floats(0, 0.99),
+)  # fmt: skip
+def test_any_row_against_float64(kernel_device, seed, columns, size, temperature, share):
+    make = torch.Generator().manual_seed(seed)
+    logits = torch.randn(6, columns, generator=make) * size
+    off = torch.rand(6, columns, generator=make) < share
+    off[:, torch.randint(columns, (1,), generator=make)] = False
+    logits[off] = -math.inf
+    case = SampleCase("random", logits, uniforms(logits, temperature, make), temperature)
+    check_sample(torch_sample, case)
+    check_sample(triton_sample, case, kernel_device)
+
+
+def test_the_inverse_cdf_by_hand(draw):
+    logits = torch.log(torch.tensor([[0.5, 0.0, 0.3, 0.2]]))
+    draws = {0.0: 0, 0.49: 0, 0.51: 2, 0.79: 2, 0.81: 3, 1 - 1e-12: 3}
+    token_B, logprob_B = draw(logits.expand(6, -1), list(draws))
+    assert token_B.tolist() == list(draws.values())
+    want = [math.log([0.5, 0, 0.3, 0.2][token]) for token in draws.values()]
+    assert logprob_B.tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_temperature_and_truncation_change_the_reported_logprob(draw):
+    logits = torch.log(torch.tensor([[0.5, 0.1, 0.3, 0.1]]))
+    squares = [0.25, 0.01, 0.09, 0.01]
+
+    def one(uniform: float, **options) -> tuple[int, float]:
+        token_B, logprob_B = draw(logits, [uniform], **options)
+        return token_B.item(), pytest.approx(logprob_B.item(), abs=1e-6)
+
+    assert one(0.6, temperature=0.5) == (0, math.log(0.25 / sum(squares)))
+    assert one(0.6, top_k=2) == (0, math.log(0.5 / 0.8))
+    assert one(0.7, top_p=0.79) == (2, math.log(0.3 / 0.8))
+    assert one(0.73, temperature=0.5, top_k=2) == (0, math.log(0.25 / 0.34))
+    assert one(0.74, temperature=0.5, top_k=2) == (2, math.log(0.09 / 0.34))
+    assert one(0.6, temperature=0) == (0, math.log(0.5))
+
+
+def test_frequencies_follow_the_distribution(draw):
+    probabilities = torch.rand(1, 5, generator=torch.Generator().manual_seed(3)).softmax(-1)
+    uniform = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
+    token_B, _ = draw(probabilities.log().expand(100, -1), uniform)
+    counted = torch.bincount(token_B, minlength=5) / 100
+    assert torch.allclose(counted, probabilities[0], atol=0.011)
+
+
+def test_a_confident_logprob_keeps_its_digits(kernel_device):
+    """From a margin of 17 nats on, z - logsumexp(z) in float32 is 0."""
+    logits = torch.tensor([[0.0, 5.0], [10.0, 0.0], [17.5, 0.0]], device=kernel_device)
+    _, logprob_B = triton_sample(logits, torch.full((3,), 0.5, device=kernel_device))
+    for found, margin in zip(logprob_B.tolist(), (5, 10, 17.5), strict=True):
+        assert found == pytest.approx(-math.log1p(math.exp(-margin)), rel=1e-4, abs=0)
+
+
+def test_a_draw_between_two_blocks_falls_on_a_token_that_can_be():
+    """cdf - mass is rounded up here, above the draw: inside its block the draw would be negative, and on a 0."""
+    a, p_BV = 2.0**-30 * (1 + 3 * 2.0**-23), torch.zeros(1, 2 * TORCH_BLOCK)
+    p_BV[0, 0], p_BV[0, TORCH_BLOCK + 1] = a, 1.0
+    total = a + 1.0
+    assert total - 1.0 > a
+    uniform = a / total * (1 + 2.0**-50)
+    assert a <= uniform * total < total - 1.0
+    assert _inverse_cdf(p_BV, torch.tensor([uniform], dtype=torch.float64)).item() == TORCH_BLOCK + 1
+
+
+# --- what the bits depend on ---------------------------------------------------------------------------------------
+
+
+def same_bits(found: SampleOut, want: SampleOut) -> bool:
+    return torch.equal(found.token_B, want.token_B) and torch.equal(found.logprob_B, want.logprob_B)
+
+
+def some(columns: int = BLOCK + 37) -> tuple[torch.Tensor, torch.Tensor]:
+    make = torch.Generator().manual_seed(5)
+    return torch.randn(12, columns, generator=make) * 3, torch.rand(12, generator=make, dtype=torch.float64)
+
+
+def test_a_token_depends_on_its_row_alone(draw):
+    logits, uniform = some()
+    whole = draw(logits, uniform, temperature=0.8)
+    assert same_bits(draw(logits, uniform, temperature=0.8), whole)
+    for rows in (slice(0, 1), slice(1, 5), slice(5, 12), torch.randperm(12)):
+        part = draw(logits[rows], uniform[rows], temperature=0.8)
+        assert same_bits(part, SampleOut(*(x[rows] for x in whole)))
+
+
+def test_any_layout(draw):
+    logits, uniform = some(500)
+    whole = draw(logits, uniform)
+    odd = [logits.T.contiguous().T, logits.repeat_interleave(2, 1)[:, ::2], torch.cat([logits, logits], 1)[:, :500]]
+    assert all(same_bits(draw(x, uniform), whole) for x in odd)
+    assert same_bits(draw(logits[:1].expand(3, -1), uniform[:1].expand(3)), SampleOut(*(x[[0] * 3] for x in whole)))
+
+
+@pytest.mark.parametrize("block", [512, 1024])
+def test_the_kernels_blocks_cannot_matter(kernel_device, block, monkeypatch):
+    logits, uniform = (x.to(kernel_device) for x in some())
+    whole = triton_sample(logits, uniform, temperature=0.8)
+    monkeypatch.setattr(MODULE, "BLOCK", block)
+    assert same_bits(triton_sample(logits, uniform, temperature=0.8), whole)
+
+
+@pytest.mark.gpu
+def test_sampling_never_waits_for_the_gpu():
+    logits, uniform = (x.cuda() for x in some())
+    sample(logits, uniform)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample(logits, uniform)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_operator_is_what_it_says_to_the_compiler(kernel_device, backend):
+    logits, uniform = (x.to(kernel_device) for x in some(300))
+    torch.library.opcheck(_sample, (logits, uniform, 1.0, backend))
+
+
+# --- wrong ones ----------------------------------------------------------------------------------------------------
+
+
+def right(logits_BV, uniform_B, *, temperature, p_BV=None, side="right"):
+    """float64 throughout; `p_BV` in place of the probabilities that are drawn from."""
+    logp_BV = (logits_BV.double() / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        token_B1 = logp_BV.argmax(-1, keepdim=True)
+    else:
+        cdf_BV = (logp_BV.exp() if p_BV is None else p_BV).cumsum(-1)
+        draw_B1 = uniform_B[:, None].to(cdf_BV.dtype) * cdf_BV[:, -1:]
+        token_B1 = torch.searchsorted(cdf_BV, draw_B1, right=side == "right").clamp(max=logits_BV.shape[1] - 1)
+    return token_B1[:, 0], logp_BV.gather(1, token_B1)[:, 0].float()
+
+
+def softmax(logits_BV, temperature):
+    return (logits_BV.double() / (temperature or 1.0)).softmax(-1)
+
+
+def missing_last_block(logits_BV, uniform_B, *, temperature):
+    p_BV = softmax(logits_BV, temperature)
+    whole = p_BV.shape[1] // 128 * 128 or p_BV.shape[1]
+    return right(logits_BV, uniform_B, temperature=temperature, p_BV=p_BV[:, :whole])
+
+
+def phantom_columns(logits_BV, uniform_B, *, temperature):
+    padded_BV = torch.nn.functional.pad(logits_BV, (0, -logits_BV.shape[1] % 128))
+    return right(logits_BV, uniform_B, temperature=temperature, p_BV=softmax(padded_BV, temperature))
+
+
+def low_precision_cdf(logits_BV, uniform_B, *, temperature):
+    return right(logits_BV, uniform_B, temperature=temperature, p_BV=softmax(logits_BV, temperature).half().float())
+
+
+def draws_in_float32(logits_BV, uniform_B, *, temperature):
+    """A uniform just under 1 is rounded to 1, and the last token drawn, whether it can be or not."""
+    return right(logits_BV, uniform_B, temperature=temperature, p_BV=softmax(logits_BV, temperature).float())
+
+
+def the_wrong_side_of_a_boundary(logits_BV, uniform_B, *, temperature):
+    return right(logits_BV, uniform_B, temperature=temperature, side="left")
+
+
+def off_by_one(logits_BV, uniform_B, *, temperature):
+    return right(logits_BV, uniform_B, temperature=temperature, p_BV=softmax(logits_BV, temperature).roll(1, 1))
+
+
+def from_the_other_end(logits_BV, uniform_B, *, temperature):
+    return right(logits_BV, 1 - uniform_B, temperature=temperature)
+
+
+def logprob_without_temperature(logits_BV, uniform_B, *, temperature):
+    token_B, _ = right(logits_BV, uniform_B, temperature=temperature)
+    return token_B, softmax(logits_BV, 1.0).log().gather(1, token_B[:, None])[:, 0].float()
+
+
+def draw_without_temperature(logits_BV, uniform_B, *, temperature):
+    return right(logits_BV, uniform_B, temperature=temperature, p_BV=softmax(logits_BV, 1.0))
+
+
+def logprob_in_half(logits_BV, uniform_B, *, temperature):
+    token_B, logprob_B = right(logits_BV, uniform_B, temperature=temperature)
+    return token_B, logprob_B.half().float()
+
+
+def maximum_from_zero(logits_BV, uniform_B, *, temperature):
+    z_BV = logits_BV.float() / (temperature or 1.0)
+    e_BV = (z_BV - z_BV.amax(1, keepdim=True).clamp(min=0)).exp()
+    token_B, _ = right(logits_BV, uniform_B, temperature=temperature, p_BV=e_BV.double())
+    return token_B, (e_BV / e_BV.sum(1, keepdim=True)).log().gather(1, token_B[:, None])[:, 0]
+
+
+def the_last_of_equal_maxima(logits_BV, uniform_B, *, temperature):
+    token_B, logprob_B = right(logits_BV, uniform_B, temperature=temperature)
+    if temperature == 0:
+        token_B = logits_BV.shape[1] - 1 - logits_BV.flip(1).argmax(-1)
+    return token_B, logprob_B
+
+
+WRONG = [
+    missing_last_block, phantom_columns, low_precision_cdf, draws_in_float32, the_wrong_side_of_a_boundary, off_by_one,
+    from_the_other_end, logprob_without_temperature, draw_without_temperature, logprob_in_half, maximum_from_zero,
+    the_last_of_equal_maxima,
+]  # fmt: skip
+
+
+def _passes(operator) -> bool:
+    try:
+        for case in sample_cases(torch.float32, 400):
+            check_sample(operator, case)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda f: f.__name__)
+def test_wrong_ones_are_rejected(wrong):
+    assert not _passes(wrong)
+
+
+def test_the_right_one_passes():
+    assert _passes(right)
