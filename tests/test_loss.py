@@ -136,6 +136,37 @@ def test_kernels_that_cannot_run_are_refused():
         check_backend(dataclasses.replace(CONFIG, backend="triton", dtype="bf16"))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_the_first_ratio_is_exactly_1(quant, dtype, checkpointing):
+    """Whatever the sampler's logprobs are: here they are wrong by many nats."""
+    found = load_student("tiny", quant=quant, dtype=dtype, lora_rank=4, gradient_checkpointing=checkpointing)
+    torch.manual_seed(0)
+    for parameter in found.trainable():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    config = dataclasses.replace(CONFIG, temperature=0.7)
+    for row in pack(episodes(), ADVANTAGES, 20):
+        old = old_logprobs(found, row, config)
+        assert torch.equal(old, logprobs(found, row, temperature=0.7)[0].detach())
+        later, on_policy = batch_loss(found, row, config, old), batch_loss(found, row, config)
+        assert later.metrics["ratio_max"].item() == 1.0
+        assert later.metrics["logp_gap_max"].item() > 5
+        assert torch.equal(later.loss, on_policy.loss)
+        gradients = [torch.autograd.grad(out.loss, found.trainable()) for out in (later, on_policy)]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("loss", ["dapo", "gspo", "cispo"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_first_ratio_is_exactly_1_for_every_kind_of_ratio(student, backend, loss):
+    config = dataclasses.replace(CONFIG, backend=backend, loss=loss, beta=0.1, entropy=0.01)
+    row = pack(episodes(), ADVANTAGES, 100)[0]
+    out = batch_loss(student, row, config, old_logprobs(student, row, config))
+    assert out.metrics["ratio_max"].item() == 1.0
+    assert torch.equal(out.loss, batch_loss(student, row, config).loss)
+
+
 @pytest.mark.parametrize("loss", ["dapo", "gspo"])
 def test_the_kernels_train_as_torch_does(loss):
     """Four updates by the same rows, through interpreted kernels and through torch: the same losses and weights."""
