@@ -3,14 +3,17 @@
 `generate` is transformers' own with a dynamic cache, `batching` its continuous batching with a paged cache that shares
 the blocks of equal prefixes. All sample at temperature 1 over the full vocabulary from the same float weights, and
 every turn has the same number of tokens; they differ in what they compute again at each turn. Rounds are interleaved;
-the figures are medians. Prompts are random ids: half of each is common to all, as the text that describes the tools is.
+the figures are those of the round with the median time. Prompts are random ids: half of each is common to all, as the
+text that describes the tools is.
+
+Decoding is held against the memory's bandwidth: the weights, keys and values that its steps had to read, over the bytes
+that a copy reads and writes in the same time on the same machine. What fits into a cache can be over 100 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 
@@ -18,17 +21,32 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from bench.measure import copy_rate
 from bench.step import machine
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.rollout import noise
-from lite_mentor.student import load_student
+from lite_mentor.student import Student, load_student
+
+PARTS = ("prefill", "decode", "sampling", "tools")
 
 
 def main(argv: list[str]) -> None:
-    """Measure, print a Markdown table, and one JSON line under it."""
+    """For each batch: measure, print a Markdown table, and one JSON line under it."""
     options = parse(argv)
     student = load_student(options.student, quant="none", dtype=options.dtype, device=options.device)
     student.refresh_rollout_weights()
+    rate = copy_rate(options.device, options.rounds + 2)
+    about = {"command": "python -m bench rollout " + " ".join(argv), **machine(options.device), "copy_rate": rate}
+    for batch in options.batches or [options.prompts * options.group]:
+        group = options.group if batch % options.group == 0 else 1
+        sizes = argparse.Namespace(**{**vars(options), "prompts": batch // group, "group": group})
+        found = measure(student, sizes, rate)
+        print(table(found))
+        print(json.dumps({**about, **found}), flush=True)
+
+
+def measure(student: Student, options: argparse.Namespace, rate: float) -> dict:
+    """One batch, all ways; `rate` is what the machine copies in bytes a second, read and written."""
     model = student.rollout_model  # the very weights that the engine samples from
     prompts, results = texts(options, student.head_weight_VH.shape[0])
     engine = Engine.of(student, slots=len(prompts), context=length(options))
@@ -44,12 +62,26 @@ def main(argv: list[str]) -> None:
             rows[name].append(timed(way, student.device))
     sampled = len(prompts) * (options.turns + 1) * options.new
     middle = {name: middle_of(measured[1:], sampled) for name, measured in rows.items()}  # the first one warms up
+    ours = middle["engine"]
+    ours["rest"] = ours["total"] - sum(ours[part] for part in PARTS)
+    moved = ours["decode_steps"] * weight_bytes(student) + ours["decode_kv_bytes"]
     cache = sum(x.nbytes for x in (engine.pool.keys, engine.pool.values))
     found = {**vars(options), "sampled": sampled, **middle, "cache_bytes": cache}
+    found |= {"decode_bytes": moved, "of_bandwidth": moved / rate / ours["decode"] if ours["decode"] else None}
     for name in ("generate", "batching"):
-        found[f"times_{name}"] = middle["engine"]["tokens_per_s"] / middle[name]["tokens_per_s"]
-    print(table(found))
-    print(json.dumps({"command": "python -m bench rollout " + " ".join(argv), **machine(options.device), **found}))
+        found[f"times_{name}"] = ours["tokens_per_s"] / middle[name]["tokens_per_s"]
+    return found
+
+
+def weight_bytes(student: Student) -> int:
+    """What one forward must read of the weights: all but the embedding, of which a token takes one row; and the head.
+
+    As they lie in memory: on a CPU the head of a bf16 student is a float32 copy.
+    """
+    model, head_VH = student.rollout_model, student.head_weight_VH
+    apart = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    head = head_VH.numel() * (4 if head_VH.device.type == "cpu" else head_VH.itemsize)
+    return sum(p.nbytes for p in model.parameters() if id(p) not in apart) + head
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -62,7 +94,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     notes = dict(turns="tool turns before the last one", new="tokens sampled in a turn", result="tokens injected")
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=notes.get(name))
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[],
+        help="sequences at once, one measurement each; not prompts * group",
+    )
+    options = parser.parse_args(argv)
+    if min([*options.batches, *(getattr(options, name) for name in sizes if name != "turns")]) < 1 or options.turns < 0:
+        parser.error("sizes and batches are at least 1, --turns at least 0")
+    return options
 
 
 def length(options: argparse.Namespace) -> int:
@@ -91,33 +133,72 @@ def timed(run: Callable[[], dict[str, float]], device: torch.device) -> dict[str
     return {"total": time.perf_counter() - start, **parts}
 
 
-@torch.inference_mode()
-def by_engine(engine: Engine, prompts, results, options) -> dict[str, float]:
-    """Seconds in forwards that read a prompt or a result (prefill), in the other forwards (decode), and of the rest."""
-    engine.weights_changed()
-    seconds = {"prefill": 0.0, "decode": 0.0}
-    forward = engine.forward
+class Split:
+    """Where an engine's time goes, by the wall clock; on a GPU each part waits for the work that it started.
 
-    def watched(ids_1T, positions_1T, plan):
-        start = time.perf_counter()
-        out = forward(ids_1T, positions_1T, plan)
-        if out.is_cuda:
+        prefill    forward and head of the steps that read a prompt or a result, whatever else decoded in them
+        decode     forward and head of the others
+        sampling   the kernel, and its tokens on their way to the CPU
+        tools      results handed over at the end of a turn (here they are ready: nothing is run)
+
+    What is left of the whole, bookkeeping and plans of attention, is the rest.
+    """
+
+    def __init__(self, engine: Engine):
+        self.seconds, self.decode_steps, self.decode_kv_bytes = dict.fromkeys(PARTS, 0.0), 0, 0
+        self.engine, self._kind = engine, "prefill"
+        self._own = engine.forward, engine.head, engine.draw
+
+    def __enter__(self) -> Split:
+        forward, head, draw = self._own
+        engine = self.engine
+        token_bytes = sum(cache[:, 0, 0].nbytes for cache in (engine.pool.keys, engine.pool.values))
+
+        def watched(ids_1T, positions_1T, plan):
+            self._kind = "prefill" if plan.multiple else "decode"
+            if not plan.multiple:  # each row reads its own keys and values, and all together the prefix once
+                tokens = len(engine.prefix_ids) + sum(len(s.ids) - s.shared for s in engine.speaking)
+                self.decode_steps += 1
+                self.decode_kv_bytes += tokens * token_bytes
+            return self.within(self._kind, forward, ids_1T, positions_1T, plan)
+
+        engine.forward = watched
+        engine.head = lambda hidden_RH: self.within(self._kind, head, hidden_RH)
+        engine.draw = lambda *inputs: self.within("sampling", draw, *inputs)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.forward, self.engine.head, self.engine.draw = self._own
+
+    def within(self, part: str, run: Callable, *inputs):
+        """What `run` returns; its seconds count for `part`."""
+        begin = time.perf_counter()
+        out = run(*inputs)
+        if self.engine.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds["prefill" if plan.multiple else "decode"] += time.perf_counter() - start
+        self.seconds[part] += time.perf_counter() - begin
         return out
 
-    engine.forward, begin = watched, time.perf_counter()
+
+@torch.inference_mode()
+def by_engine(engine: Engine, prompts, results, options) -> dict[str, float]:
+    """Seconds of each part, and what the decoding steps read of keys and values."""
+    engine.weights_changed()
     room = length(options) - options.prompt
-    turn_of = {id(engine.submit(p, noise(0, 0, str(i), i, room))): 0 for i, p in enumerate(prompts)}
-    while engine.busy:
-        for s in engine.step():
-            engine.release(s)
-        for s in [s for s in engine.speaking if len(s.ids) - s.turn_start == options.new]:
-            engine.speaking.remove(s)
-            engine.resume(s, results[turn_of[id(s)]])
-            turn_of[id(s)] += 1
-    engine.forward = forward
-    return {**seconds, "sampling": time.perf_counter() - begin - sum(seconds.values())}
+    with Split(engine) as split:
+        turn_of = {id(engine.submit(p, noise(0, 0, str(i), i, room))): 0 for i, p in enumerate(prompts)}
+
+        def hand_over(sequences) -> None:
+            for s in sequences:
+                engine.speaking.remove(s)
+                engine.resume(s, results[turn_of[id(s)]])
+                turn_of[id(s)] += 1
+
+        while engine.busy:
+            for s in engine.step():
+                engine.release(s)
+            split.within("tools", hand_over, [s for s in engine.speaking if len(s.ids) - s.turn_start == options.new])
+    return {**split.seconds, "decode_steps": split.decode_steps, "decode_kv_bytes": split.decode_kv_bytes}
 
 
 @torch.inference_mode()
@@ -165,18 +246,29 @@ def settings(options: argparse.Namespace) -> GenerationConfig:
 
 
 def middle_of(rows: list[dict[str, float]], sampled: int) -> dict[str, float]:
-    """Medians over the rounds."""
-    out = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    """The round whose total is the median (the lower of two): its parts, unlike medians of each, add up."""
+    out = sorted(rows, key=lambda row: row["total"])[(len(rows) - 1) // 2]
     return {**out, "tokens_per_s": sampled / out["total"]}
 
 
 def table(found: dict) -> str:
     """All as Markdown, and where the engine's time goes."""
-    lines = ["| | s | tokens/s | prefill s | decode s | sampling and bookkeeping s |", "|---|---|---|---|---|---|"]
+    parts = [*PARTS, "rest"]
+    lines = [
+        "| | s | tokens/s | " + " | ".join(f"{part} s" for part in parts) + " |",
+        "|---" * (len(parts) + 3) + "|",
+    ]
     for name in ("engine", "generate", "batching"):
         row = found[name]
-        parts = " | ".join(f"{row[part]:.2f}" if part in row else "" for part in ("prefill", "decode", "sampling"))
-        lines.append(f"| {name} | {row['total']:.2f} | {row['tokens_per_s']:.1f} | {parts} |")
+        split = " | ".join(f"{row[part]:.2f}" if part in row else "" for part in parts)
+        lines.append(f"| {name} | {row['total']:.2f} | {row['tokens_per_s']:.1f} | {split} |")
     ratios = f"{found['times_generate']:.2f} times generate, {found['times_batching']:.2f} times continuous batching"
-    lines.append(f"\n{ratios}; the engine's cache has {found['cache_bytes'] / 2**20:.0f} MiB")
+    batch, cache = found["prompts"] * found["group"], found["cache_bytes"] / 2**20
+    lines.append(f"\nbatch {batch}: {ratios}; the engine's cache has {cache:.0f} MiB")
+    if found["of_bandwidth"] is not None:
+        steps, share = found["engine"]["decode_steps"], found["of_bandwidth"]
+        each = found["decode_bytes"] / steps / 2**20
+        lines.append(
+            f"decode: {steps} steps, {each:.1f} MiB of weights, keys and values each: {share:.0%} of what a copy moves"
+        )
     return "\n".join(lines)

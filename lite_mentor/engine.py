@@ -238,7 +238,7 @@ class Engine:
         row_of = {id(leader): r for r, followers in enumerate(rows) for leader in followers}
         drawing = [s for s in self.speaking if id(s) in row_of]
         logits_BV = self.head(hidden_RH)[[row_of[id(s)] for s in drawing]]
-        for s, token, logp in zip(drawing, *self._draw(logits_BV, drawing), strict=True):
+        for s, token, logp in zip(drawing, *self.draw(logits_BV, drawing), strict=True):
             s.ids.append(token)
             s.sampled.append(True)
             s.logp.append(logp)
@@ -248,7 +248,7 @@ class Engine:
         self.speaking = [s for s in self.speaking if id(s) not in finished]
         return done
 
-    def _draw(self, logits_BV: torch.Tensor, drawing: list[Sequence]) -> tuple[list[int], list[float]]:
+    def draw(self, logits_BV: torch.Tensor, drawing: list[Sequence]) -> tuple[list[int], list[float]]:
         """The next token of each sequence, and its logprob."""
         uniforms = [s.uniforms[len(s.ids) - s.prompt_length] for s in drawing]
         uniform_B = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)

@@ -2,19 +2,112 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 
-from bench.rollout import main
+import pytest
+import torch
+
+from bench import rollout
+from bench.rollout import PARTS, main, weight_bytes
+from lite_mentor.engine import Engine, Sampling
+from lite_mentor.student import load_student
+
+TINY = "--student tiny --device cpu --prompts 2 --group 2 --turns 1 --prompt 32 --new 3 --result 2 --rounds 1"
 
 
 def test_the_rollout_bench_prints_a_table_and_its_json(capsys):
-    flags = "--student tiny --device cpu --prompts 2 --group 2 --turns 1 --prompt 8 --new 3 --result 2 --rounds 1"
-    main(flags.split())
+    main(TINY.split())
     lines = capsys.readouterr().out.strip().splitlines()
     row = json.loads(lines[-1])
     assert row["sampled"] == 2 * 2 * 2 * 3
-    # 16 tokens are one page of 3 layers, 4 KV heads of 32, float32 keys and values, for 4 slots.
-    assert row["cache_bytes"] == 4 * 16 * 3 * 4 * 32 * 4 * 2
-    parts = row["engine"]
-    assert 0 < parts["prefill"] + parts["decode"] + parts["sampling"] <= parts["total"]
+    # 40 tokens for each of 4 slots; a token has 3 layers, 4 KV heads of 32, float32 keys and values.
+    assert row["cache_bytes"] == 4 * 40 * 3 * 4 * 32 * 4 * 2
+    ours = row["engine"]
+    assert all(ours[part] > 0 for part in (*PARTS, "rest"))
+    assert math.fsum(ours[part] for part in (*PARTS, "rest")) == pytest.approx(ours["total"], rel=1e-9)
+    # Each of two turns reads its prompt or result in one step and decodes two tokens. A row sees 33 and
+    # 34 tokens in the first turn, 38 and 39 in the second, of which all rows share half of the prompt.
+    assert ours["decode_steps"] == 4
+    tokens = sum(16 + 4 * (n - 16) for n in (33, 34, 38, 39))
+    assert ours["decode_kv_bytes"] == tokens * 3 * 4 * 32 * 4 * 2
+    assert row["decode_bytes"] == ours["decode_kv_bytes"] + 4 * 3_125_760
+    assert row["of_bandwidth"] == pytest.approx(row["decode_bytes"] / row["copy_rate"] / ours["decode"])
     assert [line.split("|")[1].strip() for line in lines[2:5]] == ["engine", "generate", "batching"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_weight_is_read_once(dtype):
+    """Not the embedding; and the head as it lies on a CPU, in float32."""
+    student = load_student("tiny", quant="none", dtype=dtype)
+    sizes = {name: p.numel() for name, p in student.rollout_model.named_parameters()}
+    head = sizes.pop("lm_head.weight")
+    assert sizes.pop("model.embed_tokens.weight") == head
+    layers = sum(sizes.values())
+    assert weight_bytes(student) == layers * (4 if dtype == "fp32" else 2) + head * 4
+    assert (layers + head) * 4 == 3_125_760
+
+
+def test_one_measurement_for_each_batch(capsys, monkeypatch):
+    monkeypatch.setattr(rollout, "measure", lambda student, options, rate: vars(options))
+    monkeypatch.setattr(rollout, "table", lambda found: "")
+    main([*TINY.split(), "--batches", "1", "4", "7"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line]
+    assert [(r["prompts"], r["group"]) for r in rows] == [(1, 1), (2, 2), (7, 1)]
+
+
+@pytest.mark.parametrize("flags", [["--batches", "0"], ["--new", "0"], ["--turns", "-1"], ["--rounds", "0"]])
+def test_sizes_that_measure_nothing_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        main([*TINY.split(), *flags])
+    assert "sizes and batches are at least 1, --turns at least 0" in capsys.readouterr().err
+
+
+class Clock:
+    """The bench's clock, moved by the parts of a scripted engine alone."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def takes(self, seconds: float, run):
+        def slow(*inputs):
+            self.now += seconds
+            return run(*inputs)
+
+        return slow
+
+
+def test_the_split_is_of_the_whole(monkeypatch):
+    """Two sequences, two turns of two tokens: the prefix, then two steps that read and two that decode."""
+    clock = Clock()
+    monkeypatch.setattr(rollout, "time", clock)
+    engine = Engine(
+        clock.takes(5.0, lambda ids_1T, positions_1T, plan: torch.zeros(ids_1T.shape[1], 10)),
+        clock.takes(2.0, lambda hidden_RH: hidden_RH),
+        layers=1, kv_heads=1, head_dim=2, eos_ids=[], slots=2, context=20,
+    )  # fmt: skip
+    engine.sampling = Sampling(0.0)
+    engine.draw = clock.takes(1.0, engine.draw)
+    engine.resume = clock.takes(0.5, engine.resume)
+    engine.release = clock.takes(0.25, engine.release)
+    options = argparse.Namespace(prompt=4, turns=1, new=2, result=3)
+    own = engine.forward, engine.head, engine.draw
+    found = rollout.timed(
+        lambda: rollout.by_engine(engine, [[1, 2, 3, 4], [1, 2, 5, 6]], [[7, 8, 9]], options), engine.device
+    )
+    assert {part: found[part] for part in PARTS} == {
+        "prefill": 5.0 + 2 * (5.0 + 2.0), "decode": 2 * (5.0 + 2.0), "sampling": 4 * 1.0, "tools": 2 * 0.5,
+    }  # fmt: skip
+    assert found["total"] - sum(found[part] for part in PARTS) == 2 * 0.25
+    # In float32, keys and values of 2: 16 bytes a token; the prefix of 2 once, then 3 and 8 tokens of each row.
+    assert (found["decode_steps"], found["decode_kv_bytes"]) == (2, 16 * ((2 + 2 * 3) + (2 + 2 * 8)))
+    assert (engine.forward, engine.head, engine.draw) == own
+
+
+def test_the_middle_round_is_a_whole_round():
+    rounds = [{"total": t, "decode": d} for t, d in ((4.0, 1.0), (1.0, 0.5), (3.0, 2.5), (9.0, 0.1))]
+    assert rollout.middle_of(rounds, 6) == {"total": 3.0, "decode": 2.5, "tokens_per_s": 2.0}
