@@ -45,7 +45,6 @@ class Checkpoint:
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
-    config_hash: str
     versions: Mapping[str, str | None]
     """Of what computes: see `versions`."""
 
@@ -85,9 +84,8 @@ def save(
             _write(temporary / name, content)
         _write(temporary / "MANIFEST.json", _canonical(manifest))
         _sync_folder(temporary)
-        if (
-            target.exists()
-        ):  # damaged, or of a history that was abandoned: moved aside, since a rename cannot replace it
+        if target.exists():
+            # Damaged, or of a history that was abandoned: moved aside, since a rename cannot replace it.
             target.rename(folder / f".tmp-replaced-{step:06d}")
         temporary.rename(target)
         _sync_folder(folder)
@@ -105,25 +103,17 @@ def save(
     return target
 
 
-def load(root: Path, *, config_hash: str | None = None) -> tuple[Checkpoint | None, list[str]]:
+def load(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint of the run `root` whose every byte verifies, and a sentence for each newer one refused.
 
-    (None, []) when the run has none. Raises UserError when it has some but none is sound, and when the sound one was
-    written under settings with another hash than `config_hash`, if that is given.
+    (None, []) when the run has none. Raises UserError when it has some but none is sound.
     """
     refused: list[str] = []
     for _, path in _steps(root):
         try:
-            checkpoint = _read(path)
+            return _read(path), refused
         except _Unsound as error:
             refused.append(f"{path} was refused: {error}.")
-            continue
-        if config_hash not in (None, checkpoint.config_hash):
-            raise UserError(
-                f"{path} was written under other settings (hash {checkpoint.config_hash}, now {config_hash}); "
-                "resume with the settings in the run's config.json, or start a new run with another --out."
-            )
-        return checkpoint, refused
     if refused:
         raise UserError(f"No checkpoint of {root} is sound, so it cannot be resumed: {' '.join(refused)}")
     return None, []
@@ -165,7 +155,7 @@ def _read(path: Path) -> Checkpoint:
             raise ValueError("state.json is not an object")
     except (safetensors.SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise _Unsound(f"its files are hashed but cannot be parsed ({str(error)!r})") from error
-    return Checkpoint(path, manifest["step"], tensors, state, manifest["config_hash"], manifest["versions"])
+    return Checkpoint(path, manifest["step"], tensors, state, manifest["versions"])
 
 
 def _read_manifest(path: Path) -> dict:

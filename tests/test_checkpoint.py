@@ -47,11 +47,11 @@ def bits(tensor: torch.Tensor) -> tuple:
 
 
 def test_a_run_without_checkpoints(tmp_path):
-    assert load(tmp_path, config_hash="h") == (None, [])
+    assert load(tmp_path) == (None, [])
     (tmp_path / "checkpoints" / ".tmp-000003-77").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-3").mkdir()
     (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
-    assert load(tmp_path, config_hash="h") == (None, [])
+    assert load(tmp_path) == (None, [])
 
 
 def test_what_comes_back_is_what_was_put_in(tmp_path):
@@ -59,7 +59,7 @@ def test_what_comes_back_is_what_was_put_in(tmp_path):
     assert path == tmp_path / "checkpoints" / "step-000123"
     files = ["MANIFEST.json", "adapter.safetensors", "nothing.safetensors", "optimizer.safetensors", "state.json"]
     assert sorted(p.name for p in path.iterdir()) == files
-    found, refused = load(tmp_path, config_hash="h")
+    found, refused = load(tmp_path)
     assert (found.step, found.path, found.state, refused) == (123, path, STATE, [])
     assert {g: {n: bits(t) for n, t in part.items()} for g, part in found.tensors.items()} == {
         g: {n: bits(t) for n, t in part.items()} for g, part in TENSORS.items()
@@ -90,7 +90,7 @@ def test_a_manifest_of_another_shape_is_refused_though_its_hash_is_right(tmp_pat
     manifest = {**json.loads(path.read_text()), field: value}
     path.write_bytes(checkpoint._canonical({**manifest, "sha256": checkpoint._digest(manifest)}))
     with pytest.raises(UserError, match=reason):
-        load(tmp_path, config_hash="h")
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"0", b"[]", b"null", b"[" * 100_000])
@@ -101,13 +101,7 @@ def test_a_state_that_is_no_object_is_refused_though_its_hash_is_right(tmp_path,
     (path / "state.json").write_bytes(content)
     (path / "MANIFEST.json").write_bytes(checkpoint._canonical({**manifest, "sha256": checkpoint._digest(manifest)}))
     with pytest.raises(UserError, match="its files are hashed but cannot be parsed"):
-        load(tmp_path, config_hash="h")
-
-
-def test_other_settings_are_an_error_and_not_a_fresh_start(tmp_path):
-    write(tmp_path, 1)
-    with pytest.raises(UserError, match=r"other settings \(hash h, now x\)"):
-        load(tmp_path, config_hash="x")
+        load(tmp_path)
 
 
 def test_pruning_keeps_the_newest_and_spares_strangers(tmp_path):
@@ -125,7 +119,7 @@ def test_pruning_keeps_the_newest_and_spares_strangers(tmp_path):
 def test_a_damaged_newer_checkpoint_falls_back_and_is_replaced_when_its_step_comes_again(tmp_path):
     write(tmp_path, 1, 1.0, keep=1)
     (write(tmp_path, 2, 2.0) / "state.json").write_text("{}")
-    found, refused = load(tmp_path, config_hash="h")
+    found, refused = load(tmp_path)
     assert found.step == 1
     assert len(refused) == 1
     assert "step-000002 was refused: state.json is not what was written" in refused[0]
@@ -133,7 +127,7 @@ def test_a_damaged_newer_checkpoint_falls_back_and_is_replaced_when_its_step_com
     assert names(tmp_path) == ["step-000001", "step-000002"], "the one just resumed from is never pruned"
     write(tmp_path, 2, 2.5, keep=1)
     assert names(tmp_path) == ["step-000002"]
-    assert load(tmp_path, config_hash="h")[0].tensors["adapter"]["w"].tolist() == [2.5] * 5
+    assert load(tmp_path)[0].tensors["adapter"]["w"].tolist() == [2.5] * 5
 
 
 def test_saving_the_same_step_twice(tmp_path):
@@ -142,7 +136,7 @@ def test_saving_the_same_step_twice(tmp_path):
     write(tmp_path, 3, 1.0, seconds=2)
     assert (manifest.stat().st_mtime_ns, manifest.read_bytes()) == written
     write(tmp_path, 3, 9.0)
-    assert load(tmp_path, config_hash="h")[0].tensors["adapter"]["w"].tolist() == [9.0] * 5
+    assert load(tmp_path)[0].tensors["adapter"]["w"].tolist() == [9.0] * 5
     assert names(tmp_path) == ["step-000003"]
 
 
@@ -159,9 +153,9 @@ def test_every_flipped_bit_is_noticed(tmp_path):
         flipped[offset] ^= 1 << generator.randrange(8)
         file.write_bytes(flipped)
         with pytest.raises(UserError, match="No checkpoint"):
-            load(tmp_path, config_hash="h")
+            load(tmp_path)
         file.write_bytes(content)
-    assert load(tmp_path, config_hash="h")[0].step == 7
+    assert load(tmp_path)[0].step == 7
 
 
 @pytest.mark.parametrize("name", ["MANIFEST.json", "adapter.safetensors", "state.json"])
@@ -173,7 +167,7 @@ def test_missing_and_cut_files_are_noticed(tmp_path, name, damage):
     if damage != "missing":
         file.write_bytes({"empty": b"", "short": content[:-1], "long": content + b"\n"}[damage])
     with pytest.raises(UserError, match=f"step-000007 was refused: .*{name}"):
-        load(tmp_path, config_hash="h")
+        load(tmp_path)
 
 
 def rewrite_manifest(path: Path, **changes) -> None:
@@ -197,14 +191,14 @@ def rewrite_manifest(path: Path, **changes) -> None:
 def test_a_well_hashed_but_wrong_manifest_is_refused(tmp_path, changes):
     rewrite_manifest(write(tmp_path, 7), **changes)
     with pytest.raises(UserError, match="step-000007 was refused"):
-        load(tmp_path, config_hash="h")
+        load(tmp_path)
 
 
 def test_a_renamed_checkpoint_is_refused(tmp_path):
     path = write(tmp_path, 7)
     path.rename(path.with_name("step-000009"))
     with pytest.raises(UserError, match="is that of step 7"):
-        load(tmp_path, config_hash="h")
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "state.json", "MANIFEST.json"])
@@ -224,7 +218,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, name, code
         write(tmp_path, 2, 2.0)
     assert names(tmp_path) == ["step-000001"]
     monkeypatch.setattr(checkpoint, "_write", real)
-    assert load(tmp_path, config_hash="h")[0].tensors["adapter"]["w"].tolist() == [1.0] * 5
+    assert load(tmp_path)[0].tensors["adapter"]["w"].tolist() == [1.0] * 5
     write(tmp_path, 2, 2.0)
     assert names(tmp_path) == ["step-000001", "step-000002"]
 
@@ -254,7 +248,7 @@ def test_a_kill_at_any_write_leaves_a_sound_checkpoint(tmp_path, monkeypatch, mo
         except Killed:
             finished = False
     assert finished == (moment >= 8), "3 files, 2 folders, 2 renames and 1 deletion"
-    found, refused = load(tmp_path, config_hash="h")
+    found, refused = load(tmp_path)
     assert refused == []
     assert found.tensors["adapter"]["w"].tolist() == [float(found.step)] * 5
     write(tmp_path, 3, 3.0, keep=1)
@@ -294,7 +288,7 @@ def test_optimizer_continues_bit_for_bit(tmp_path, kind):
     torch.manual_seed(99)
     other = model(seed=5)
     resumed = kind([{"params": other[0].parameters()}, {"params": other[1].parameters()}], lr=7.0)
-    found, _ = load(tmp_path, config_hash="h")
+    found, _ = load(tmp_path)
     other.load_state_dict(found.tensors["adapter"])
     unpack_optimizer(resumed, found.tensors["optimizer"], found.state["optimizer"])
     restore_rng(found.tensors["rng"], found.state["rng"])
