@@ -22,12 +22,12 @@ from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
 from lite_mentor.judge import is_right
 from lite_mentor.prompt import Chat, parse_turn
-from lite_mentor.rollout import Limits, RunCall, limits_of, messages_of, roll_out
+from lite_mentor.rollout import Limits, limits_of, messages_of, roll_out
 from lite_mentor.sandbox import open_sandbox
 from lite_mentor.statistics import paired_bootstrap, tool_statistics, wilson
 from lite_mentor.student import load_student
 from lite_mentor.tasks import bfcl, load_suite, load_task
-from lite_mentor.tools import caller, run_call
+from lite_mentor.tools import RunCall, caller, run_call
 from lite_mentor.types import Example, Rollout
 
 

@@ -15,14 +15,8 @@ from lite_mentor.engine import Engine, Sampling, Sequence
 from lite_mentor.errors import UserError
 from lite_mentor.judge import boxed
 from lite_mentor.prompt import Chat, parse_turn
+from lite_mentor.tools import RunCall
 from lite_mentor.types import Example, Rollout, StopReason, ToolCall
-
-RunCall = abc.Callable[[str, Example, abc.Sequence[ToolCall]], ToolCall]
-"""The text of one call, the example whose tools it may use, and the episode's earlier calls -> the call, with result.
-
-Called from several threads at once for examples with tools that live elsewhere (`ToolSpec.path`), but never for two
-calls of one episode.
-"""
 
 TOOL_THREADS = 4
 """Episodes whose calls run at the same time, beside the decoding of the others."""

@@ -28,12 +28,12 @@ from lite_mentor.log import RunLog
 from lite_mentor.loss import check_backend
 from lite_mentor.optim import Guard, make_optimizer
 from lite_mentor.prompt import Chat
-from lite_mentor.rollout import Limits, RunCall, limits_of
+from lite_mentor.rollout import Limits, limits_of
 from lite_mentor.sandbox import open_sandbox
 from lite_mentor.student import Student, compute_dtype, load_student
 from lite_mentor.tasks import load_task
 from lite_mentor.teacher import TeacherCache, open_cache
-from lite_mentor.tools import caller
+from lite_mentor.tools import RunCall, caller
 from lite_mentor.types import Example
 
 

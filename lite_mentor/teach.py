@@ -33,13 +33,12 @@ from lite_mentor.sandbox import open_sandbox
 from lite_mentor.tasks import load_suite, resolve_arguments
 from lite_mentor.tasks.jsonl import read_tasks
 from lite_mentor.teacher import Manifest, append_to, seal
-from lite_mentor.tools import caller, render_call
+from lite_mentor.tools import RunCall, caller, render_call
 from lite_mentor.types import Example, TeacherRecord, ToolCall
 
 RETRIES = 8
 MAX_PROMPT_TOKENS = 2048
 
-RunCall = Callable[[str, Example, Sequence[ToolCall]], ToolCall]
 Ask = Callable[[Sequence[Example]], Generator[TeacherRecord, None, None]]
 """Asks the teacher -> a record of each example, in any order."""
 

@@ -30,6 +30,13 @@ MAX_RESULT_CHARS = 4000
 RunPath = Callable[[str, Mapping[str, Any]], "tuple[CallStatus, str]"]
 """Runs the tool at `module:function` with these arguments somewhere safe -> (status, result text)."""
 
+RunCall = Callable[[str, Example, Sequence[ToolCall]], ToolCall]
+"""The text of one call, the example whose tools it may use, and the episode's earlier calls -> the call, with result.
+
+Called from several threads at once for examples with tools that live elsewhere (`ToolSpec.path`), but never for two
+calls of one episode.
+"""
+
 
 class _BadCall(ValueError):
     """The text between the tags is not a call."""
@@ -144,8 +151,8 @@ def render_call(name: str, arguments: Mapping[str, Any]) -> str:
     return json.dumps({"name": name, "arguments": dict(arguments)}, ensure_ascii=False)
 
 
-def caller(run_path: RunPath | None = None) -> Callable[[str, Example, Sequence[ToolCall]], ToolCall]:
-    """How episodes run their calls: (raw, example, the episode's earlier calls) -> the call with its result."""
+def caller(run_path: RunPath | None = None) -> RunCall:
+    """How episodes run their calls."""
     return lambda raw, example, earlier: run_call(
         raw, example.tools, run_path=run_path, world=example.world, earlier=earlier
     )
