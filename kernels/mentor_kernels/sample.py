@@ -58,7 +58,10 @@ TORCH_BLOCK = 256
 def _sample_torch(
     logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    logp_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(-1)
+    logits_BV = logits_BV.float()
+    if temperature not in (0.0, 1.0):
+        logits_BV = logits_BV / temperature
+    logp_BV = logits_BV.log_softmax(-1)
     token_B1 = _inverse_cdf(logp_BV.exp(), uniform_B) if temperature else logits_BV.argmax(-1, keepdim=True)
     logp_B1 = logp_BV.gather(-1, token_B1)
     return token_B1.masked_fill(logp_B1.isnan(), 0)[:, 0], logp_B1[:, 0]
