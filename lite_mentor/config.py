@@ -77,8 +77,8 @@ class Config:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
 
-    task: str = "math_varied"
-    """Training tasks: a built-in suite (math_varied, math, gsm_symbolic, bfcl_turns), or a .jsonl or .parquet file."""
+    task: str = "math"
+    """Training tasks: a built-in suite (math, math_varied, gsm_symbolic, bfcl_turns), or a .jsonl or .parquet file."""
     levels: tuple[int, ...] = (1,)
     """Difficulty of the built-in tasks, as the number of calls a solution needs."""
     train_size: int = 2000
@@ -90,7 +90,7 @@ class Config:
     eval_size: int = 100
     """Examples of `validation`; every other suite uses half as many."""
 
-    sft_steps: int = 60
+    sft_steps: int = 24
     """Cold start: supervised steps on the teacher's records before RL; 0 leaves it to the support gate."""
     sft_batch: int = 16
     """Teacher records in a supervised step."""
@@ -146,7 +146,8 @@ class Config:
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
     updates_per_step: int = 1
-    """Optimizer steps on one step's rollouts; each takes its share of the groups."""
+    """Optimizer steps on one step's rollouts; each takes its share of the groups. Old logprobs are the trainer's own, so
+    that the first ratio is exactly 1."""
     cache_gib: float = 0.0
     """Memory for the rollouts' keys and values; 0: for all at full length, or what a GPU has free beside the update."""
     micro_tokens: int = 1024
@@ -182,7 +183,6 @@ class Config:
 
 
 _PAPER = dict(
-    task="math",
     student="Qwen/Qwen3-1.7B",
     quant="nf4",
     lora_rank=32,
@@ -215,6 +215,7 @@ _PAPER = dict(
     eval_every=10,
 )
 _MODERN = dict(
+    task="math_varied",
     student="Qwen/Qwen3-1.7B",
     quant="nf4",
     lora_rank=32,
