@@ -7,7 +7,8 @@ same questions in the same order, and is evaluated once, greedily, on the same h
 
     base     the untrained student
     cold     the cold start itself
-    sft      goes on with supervised steps, on the teacher's records of the questions that the others roll out
+    sft      goes on with supervised steps, on the teacher's records of the questions that the others roll out, at
+             their learning rate: the cold start's own, ten times as high, would undo it on so few records
     others   RL with the reward of that name
 
 A finished arm is not run again; one that was interrupted goes on from its last checkpoint (sft: from its start). The
@@ -33,6 +34,7 @@ from lite_mentor.evaluate import evaluate, suites
 from lite_mentor.optim import make_optimizer
 from lite_mentor.page import escape, render
 from lite_mentor.run import Run, prepare
+from lite_mentor.statistics import paired_bootstrap
 from train import train_step
 
 FORMAT = 1
@@ -40,7 +42,9 @@ ARMS = ("base", "sft", "sparse", "strict", "no_align", "mentor", "mentor_f1", "f
 OWN = {"seed", "out", "reward", "resume"}
 """Settings in which the arms of one folder differ."""
 NOTE = (
-    "Accuracy: the mean over seeds and their range; with one seed, its Wilson 95 % interval. On the first suite: "
+    "Accuracy: the mean over seeds. In brackets, for base and cold: the range over seeds, or with one seed the Wilson "
+    "95 % interval; for the others: the change in points since the same seed's cold start on the same questions, and "
+    "its 95 % interval by paired bootstrap, the pairs of all seeds pooled. On the first suite: "
     "calls per episode, their share that worked, the similarity of the tool mix to the teacher's (1 - JSD), tokens per "
     "episode, share of episodes cut off. The trained tokens of supervised arms are the assistant's alone."
 )
@@ -118,10 +122,10 @@ def run_arm(arm: str, config: Config, cold: Path) -> None:
     out = Path(config.out)
     if (out / "config.json").exists():
         config = replace(config, resume=str(out))
-    began = time.monotonic()
     with prepare(config) as run:
         tokens = sum(_TRAIN[arm](run, cold) if arm in _TRAIN else reinforce(run, cold))
-        seconds = time.monotonic() - began
+        # Of every process that took a step of this arm, and of no step that a resumed one took again.
+        seconds = sum(row["time/step"] for row in _metrics(out))
         run.refresh_rollouts()
         found = {}
         for suite, examples in suites(run.config).items():
@@ -148,19 +152,22 @@ def cold_start(run: Run, cold: Path) -> Iterator[int]:
 
 
 def more_supervision(run: Run, cold: Path) -> Iterator[int]:
-    """As many supervised steps as the other arms take RL steps, on the questions that they see."""
+    """As many supervised steps as the other arms take RL steps, on the questions that they see, at their peak rate."""
     c = run.config
     run.restore()
     run.student.load_adapter(cold / "adapter")
     chosen = [example for step in range(c.steps) for example in run.take(step)]
-    yield from _supervised(run, chosen, replace(c, sft_steps=c.steps, sft_batch=c.prompts_per_step))
+    yield from _supervised(run, chosen, replace(c, sft_steps=c.steps, sft_batch=c.prompts_per_step, sft_lr=c.lr))
 
 
 def _supervised(run: Run, examples, config: Config) -> Iterator[int]:
     records = sft.teacher_rollouts(run.chat, examples, run.teacher, run.student.eos_ids[0], config)
     optimizer = make_optimizer(run.student.trainable(), config)
+    began = time.monotonic()
     for metrics in sft.cold_start(run.student, optimizer, records, config, run.guard):
-        run.log.step(metrics)
+        now = time.monotonic()
+        run.log.step({**metrics, "time/step": now - began})
+        began = now
         yield int(metrics["tokens/sampled"])
 
 
@@ -202,7 +209,7 @@ def table(results: list[dict]) -> str:
     for arm in dict.fromkeys(r["arm"] for r in results):
         rows = [r for r in results if r["arm"] == arm]
         first = [next(iter(r["suites"].values())) for r in rows]
-        cells = [_accuracy([r["suites"][name] for r in rows if name in r["suites"]]) for name in names]
+        cells = [_accuracy(results, arm, name) for name in names]
         for key in ("calls/per_episode", "calls/ok", "tools/teacher_similarity", "tokens/mean_sampled", "truncated"):
             known = [row[key] for row in first if row.get(key) is not None]
             cells.append(f"{statistics.fmean(known):.2f}" if known else "")
@@ -211,11 +218,35 @@ def table(results: list[dict]) -> str:
     return "\n".join([*lines, "", NOTE])
 
 
-def _accuracy(rows: list[dict]) -> str:
-    if not rows:
-        return ""
+def _accuracy(results: list[dict], arm: str, suite: str) -> str:
+    """Of an arm that started from the cold start: its mean, and the paired change; of the others mean and interval."""
+    rows = [r["suites"][suite] for r in results if r["arm"] == arm]
     low, middle, high = _interval(rows)
-    return f"{middle:.1%} ({low:.1%} to {high:.1%})"
+    if arm in ("base", "cold"):
+        return f"{middle:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+    change, low, high = change_since_cold(results, arm, suite)
+    return f"{middle:.1%} ({100 * change:+.1f}: {100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def change_since_cold(results: list[dict], arm: str, suite: str) -> tuple[float, float, float]:
+    """(change of accuracy, low, high) since the same seed's cold start, over the same questions, seeds pooled.
+
+    A paired bootstrap. Raises UserError when the two did not answer the same questions.
+    """
+    before: list[int] = []
+    after: list[int] = []
+    cold = {r["seed"]: r for r in results if r["arm"] == "cold"}
+    for r in results:
+        if r["arm"] == arm:
+            start, end = cold[r["seed"]]["suites"][suite], r["suites"][suite]
+            if start["keys"] != end["keys"]:
+                raise UserError(
+                    f"seed-{r['seed']}/{arm} and seed-{r['seed']}/cold answered different questions of {suite}: they "
+                    "were run by different versions; start again with a new --out."
+                )
+            before += start["correct"]
+            after += end["correct"]
+    return paired_bootstrap(before, after)
 
 
 def _interval(rows: list[dict]) -> tuple[float, float, float]:

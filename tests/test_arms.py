@@ -27,6 +27,11 @@ def test_arms_share_a_cold_start_and_are_run_once(tmp_path, capsys, monkeypatch)
     assert all(r["tokens_trained"] > 0 for r in found[1:3])
     configs = {a: json.loads((out / f"seed-0/{a}/config.json").read_text()) for a in ("cold", "sft", "sparse")}
     assert configs["sparse"]["reward"] == "sparse"
+    for row in found:
+        steps = [json.loads(line) for line in (out / f"seed-0/{row['arm']}/metrics.jsonl").read_text().splitlines()]
+        assert row["seconds"] == sum(step["time/step"] for step in steps)
+        if row["arm"] == "sft":  # the RL arms' peak of 5e-5, three steps of warm-up away
+            assert [step["lr"] for step in steps] == pytest.approx([1.25e-5, 2.5e-5])
     text = (out / "table.md").read_text()
     assert all(f"| {arm} | 1 |" in text for arm in ("base", "cold", "sft", "sparse"))
     assert "<svg" in (out / "curves.html").read_text()
@@ -41,8 +46,42 @@ def test_arms_share_a_cold_start_and_are_run_once(tmp_path, capsys, monkeypatch)
     assert "== sparse, seed 0 ==" in capsys.readouterr().out
     again = json.loads((out / "arms.json").read_text())["arms"]
     assert [r["suites"] for r in again] == [r["suites"] for r in found]
+    # No step was left to take, and still the seconds of those that were taken stand there.
+    assert [r["seconds"] for r in again] == [r["seconds"] for r in found]
     assert again[3]["tokens_trained"] == found[3]["tokens_trained"]
     assert all(p.stat().st_mtime_ns == t for p, t in before.items() if p.parent.name != "sparse")
+
+
+def result(arm, correct, seed=0, keys=None):
+    keys = keys or [f"{i:x}" for i in range(len(correct))]
+    row = {"n": len(correct), "keys": keys, "correct": correct, "accuracy": sum(correct) / len(correct),
+           "ci95": [0.2, 0.6], "calls/ok": 0.5}  # fmt: skip
+    return {"arm": arm, "seed": seed, "tokens_trained": 1200, "seconds": 30.4, "suites": {"validation": row}}
+
+
+def test_an_arm_is_compared_with_its_own_cold_start_question_by_question():
+    cold, flex = [1, 0, 0, 0, 1, 0, 0, 0], [1, 1, 1, 0, 1, 0, 0, 0]
+    text = arms.table([result("base", [0] * 8), result("cold", cold), result("flex", flex)])
+    assert "| base | 1 | 0.0% (20.0 to 60.0) |" in text
+    assert "| cold | 1 | 25.0% (20.0 to 60.0) |" in text
+    # Two of eight pairs improve: the resampled sum is binomial(8, 1/4), whose quantiles are 0 and 5 of 8.
+    assert "| flex | 1 | 50.0% (+25.0: +0.0 to +62.5) |  | 0.50 |  |  |  | 1,200 | 30 |" in text
+    # No question of this one changed, so nothing varies.
+    assert "25.0% (+0.0: +0.0 to +0.0)" in arms.table([result("cold", cold), result("sparse", cold)])
+
+
+def test_pairs_are_pooled_over_seeds_each_with_its_own_cold_start():
+    results = [result("cold", [1, 0]), result("cold", [0, 0], 1), result("flex", [1, 1]), result("flex", [0, 1], 1)]
+    # 75 % against 25 %: one pair of two improves in each seed, and the mean of four pairs is 1/2.
+    assert arms.change_since_cold(results, "flex", "validation") == (0.5, 0.0, 1.0)
+    assert "| flex | 2 | 75.0% (+50.0: +0.0 to +100.0) |" in arms.table(results)
+    assert "| cold | 2 | 25.0% (0.0 to 50.0) |" in arms.table(results)
+
+
+def test_answers_to_different_questions_are_not_compared():
+    results = [result("cold", [1, 0]), result("flex", [1, 0], keys=["a", "b"])]
+    with pytest.raises(arms.UserError, match="seed-0/flex and seed-0/cold answered different questions of validation"):
+        arms.table(results)
 
 
 @pytest.mark.parametrize(
