@@ -201,7 +201,8 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
     if _sha256(part) != wheel.sha256:
         part.unlink()
         raise _Unreachable(f"what the index gives as {wheel.requirement} has another sha256 than the pinned one")
-    _settle(part, target)
+    _fsync(part)
+    part.replace(target)
     return target
 
 
@@ -309,19 +310,14 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _settle(part: Path, target: Path) -> None:
-    _fsync(part)
-    part.replace(target)
-
-
 def _fsync(path: Path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -137,16 +137,5 @@ def modulo(a: float, b: float) -> Decimal:
 
 
 CALCULATORS = (
-    add,
-    subtract,
-    multiply,
-    divide,
-    sum_numbers,
-    floor,
-    ceil,
-    round_number,
-    power,
-    sqrt,
-    abs_value,
-    modulo,
-)
+    add, subtract, multiply, divide, sum_numbers, floor, ceil, round_number, power, sqrt, abs_value, modulo,
+)  # fmt: skip

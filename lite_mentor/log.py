@@ -55,9 +55,8 @@ class RunLog:
             if not resume:
                 self._write_config()
             self._files = {name: open(self.out / name, "ab", buffering=0) for name in LINES}  # noqa: SIM115
-        self._sha256 = {
-            name: hashlib.sha256() for name in LINES
-        }  # of what is in the files, once `rewind` has read them
+        self._sha256 = {name: hashlib.sha256() for name in LINES}
+        """Of what is in the files, once `rewind` has read them."""
         self._display = Display(config, total_steps, quiet)
         self._tracker = _tensorboard(self.out) if config.get("track") == "tensorboard" else None
 

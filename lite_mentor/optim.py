@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lite_mentor.config import Config
 from lite_mentor.errors import UserError
-from lite_mentor.types import Rollout, Scored
+from lite_mentor.types import Scored
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Guard:
              "prompt_length": s.rollout.prompt_length, "reward": s.reward, "advantage": s.advantage}
             for s in share
         ]  # fmt: skip
-        tensors = {f"{i}.{name}": value for i, s in enumerate(share) for name, value in _tensors(s.rollout)}
+        names = ("ids", "sampled", "behaviour_logp")
+        tensors = {f"{i}.{name}": getattr(s.rollout, name) for i, s in enumerate(share) for name in names}
         try:
             path.write_bytes(save(tensors, metadata={"why": why, "rollouts": json.dumps(rows)}))
             kept = f"its rollouts are in {path}"
@@ -132,7 +133,3 @@ def _names(scored: Sequence[Scored]) -> str:
         f"example {s.rollout.example_key} (group {s.rollout.group}, rollout {s.rollout.index})" for s in scored[:3]
     ]
     return ", ".join(first) + (f" and {len(scored) - 3} more" if len(scored) > 3 else "")
-
-
-def _tensors(rollout: Rollout) -> list[tuple[str, Tensor]]:
-    return [("ids", rollout.ids), ("sampled", rollout.sampled), ("behaviour_logp", rollout.behaviour_logp)]

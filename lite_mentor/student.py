@@ -216,12 +216,9 @@ class RolloutWeights:
     def head(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """hidden @ head.T [R, V], float32 sums of exact products."""
         if hidden_RH.device.type != "cpu":
-            wide = hidden_RH.dtype is torch.float32
-            return (
-                F.linear(hidden_RH, self.head_VH)
-                if wide
-                else torch.mm(hidden_RH, self.head_VH.t(), out_dtype=torch.float32)
-            )
+            if hidden_RH.dtype is torch.float32:
+                return F.linear(hidden_RH, self.head_VH)
+            return torch.mm(hidden_RH, self.head_VH.t(), out_dtype=torch.float32)
         matmul = torch.backends.mkldnn.matmul
         before = matmul.fp32_precision
         if hidden_RH.dtype is torch.bfloat16:  # narrowing these operands again loses nothing, and is twice as fast

@@ -261,13 +261,8 @@ class Endpoint:
                 f"The endpoint {self.options.base_url} failed ({type(error).__name__}: {error}); "
                 "what it answered is kept: put it right and run the same command again."
             ) from error
-        except (
-            AttributeError,
-            IndexError,
-            TypeError,
-            ValueError,
-            RecursionError,
-        ) as error:  # the client checks nothing
+        except (AttributeError, IndexError, TypeError, ValueError, RecursionError) as error:
+            # The client checks nothing of what it is sent.
             raise UserError(
                 f"The endpoint {self.options.base_url} answers, but not as a chat-completions server ({error}); "
                 "check --base-url, which mostly ends in /v1."

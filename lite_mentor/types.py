@@ -13,26 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:  # a tool's worker process starts ten times as fast without torch
     import torch
 
 CallStatus = Literal["ok", "unknown_tool", "bad_json", "bad_arguments", "error", "timeout"]
-CALL_STATUSES: tuple[CallStatus, ...] = (
-    "ok",
-    "unknown_tool",
-    "bad_json",
-    "bad_arguments",
-    "error",
-    "timeout",
-)
+CALL_STATUSES: tuple[CallStatus, ...] = get_args(CallStatus)
 
 Checker = Literal["math", "text", "state"]
 """How an episode is found right; see `Example.checker`."""
 
 StopReason = Literal["eos", "answer", "max_turns", "max_tokens", "context_full"]
-STOP_REASONS: tuple[StopReason, ...] = ("eos", "answer", "max_turns", "max_tokens", "context_full")
+STOP_REASONS: tuple[StopReason, ...] = get_args(StopReason)
 
 
 @dataclass(frozen=True)

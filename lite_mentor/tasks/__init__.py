@@ -19,13 +19,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lite_mentor.errors import UserError
 from lite_mentor.types import Checker, Example, ToolSpec, World
 
 Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SPLITS: tuple[Split, ...] = get_args(Split)
 SUITES = ("math", "math_varied", "tiny", "ood_tools", "ood_lookup", "gsm_symbolic")
 """Generated here, in all splits. Beside them are the turns of BFCL (bfcl_turns.py), and for testing only its
 single-turn categories `bfcl_CATEGORY` (bfcl.py)."""
