@@ -4,7 +4,17 @@
     python train.py --preset 12gb       Qwen3-1.7B in 4 bits on one consumer GPU
     python train.py --resume runs/...   go on where a run stopped
 
-This file is the algorithm. It is GRPO, with these differences from the textbook:
+This file is the algorithm: MENTOR (arXiv 2510.18383, whose own settings are --preset paper). One step, by default:
+
+    episodes   for each question a group of them, sampled from the student with its tools: tokens, calls, results
+    terms      correct, align, valid, each in [0, 1]: an episode beside the answer and beside the teacher's record
+    A          of an episode: 0.7, 0.2 and 0.1 times those terms, each less its group's mean and over its group's std;
+               then normalised in the same way over the step
+    rho        pi / pi_old of a token, with pi_old the student before the step's first update; 1 in that update
+    b          pi_old / pi_rollout of the token, where the sampler's arithmetic differs from the trainer's
+    loss       -1/N sum of min(b, 2) min(rho A, clip(rho, 0.8, 1.28) A), over the N tokens that the student sampled
+
+It is GRPO, with these differences from the textbook:
 
  1. The student learns in turns: it calls tools, reads their results, and answers. Only tokens that it sampled itself
     carry a loss; the mask is written when a token is sampled or injected, and never inferred.
@@ -62,11 +72,12 @@ def train(run: Run) -> None:
                 run.guard.passed()  # so that a resumed run has three tries again
                 run.save(step)
                 raise
-            evaluated = c.eval_every and (step + 1) % c.eval_every == 0 and step + 1 < c.steps
+            done = step + 1
+            evaluated = c.eval_every and done % c.eval_every == 0 and done < c.steps
             if evaluated:
-                evaluate_suites(run, step + 1, "step")
-            if evaluated or (step + 1) % c.save_every == 0 or step + 1 == c.steps or stop.requested:
-                run.save(step + 1)
+                evaluate_suites(run, done, "step")
+            if evaluated or done % c.save_every == 0 or done == c.steps or stop.requested:
+                run.save(done)
             if stop.requested:
                 raise KeyboardInterrupt
     run.student.save_adapter(run.out / "adapter")
@@ -117,7 +128,8 @@ def train_step(run: Run, step: int) -> dict[str, float | None]:
         reason = unsound(scored)
         if reason:
             run.guard.refused(f"step {step}", scored, reason)
-        learned = update(run, [s for s in scored if not groups.zero_variance_G[s.rollout.group] and not reason], step)
+        taught = [] if reason else [s for s in scored if not groups.zero_variance_G[s.rollout.group]]
+        learned = update(run, taught, step)
     run.log.rollouts(step, scored, run.by_key, run.chat.decode)
     memory = {
         "memory/peak": peak_memory_bytes(c.device),
@@ -147,10 +159,12 @@ def update(run: Run, scored: Sequence[Scored], step: int) -> dict[str, float | N
         norms.append(changed.grad_norm)
         if changed.applied:
             run.guard.passed()
-        else:
-            what = ", ".join(sorted({*wrong, *([] if math.isfinite(changed.grad_norm) else ["gradient"])}))
-            where = f"step {step} update {len(norms) - 1}" if many else f"step {step}"
-            run.guard.refused(where, part, f"not finite: {what}; {blame(part, alone(run), run.student.trainable())}")
+            continue
+        if not math.isfinite(changed.grad_norm):
+            wrong.append("gradient")
+        what = ", ".join(sorted(set(wrong)))
+        where = f"step {step} update {len(norms) - 1}" if many else f"step {step}"
+        run.guard.refused(where, part, f"not finite: {what}; {blame(part, alone(run), run.student.trainable())}")
     return {**metrics.result(), "grad_norm": max(norms, default=None), "lr": lr}
 
 
