@@ -8,7 +8,7 @@ same questions in the same order, and is evaluated once, greedily, on the same h
     base     the untrained student
     cold     the cold start itself
     sft      goes on with supervised steps, on the teacher's records of the questions that the others roll out, at
-             their learning rate: the cold start's own, ten times as high, would undo it on so few records
+             the cold start's rate, warmed up again
     others   RL with the reward of that name
 
 A finished arm is not run again; one that was interrupted goes on from its last checkpoint (sft: from its start). The
@@ -152,12 +152,12 @@ def cold_start(run: Run, cold: Path) -> Iterator[int]:
 
 
 def more_supervision(run: Run, cold: Path) -> Iterator[int]:
-    """As many supervised steps as the other arms take RL steps, on the questions that they see, at their peak rate."""
+    """As many supervised steps as the other arms take RL steps, on the questions that they see."""
     c = run.config
     run.restore()
     run.student.load_adapter(cold / "adapter")
     chosen = [example for step in range(c.steps) for example in run.take(step)]
-    yield from _supervised(run, chosen, replace(c, sft_steps=c.steps, sft_batch=c.prompts_per_step, sft_lr=c.lr))
+    yield from _supervised(run, chosen, replace(c, sft_steps=c.steps, sft_batch=c.prompts_per_step))
 
 
 def _supervised(run: Run, examples, config: Config) -> Iterator[int]:

@@ -146,8 +146,8 @@ class Config:
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
     updates_per_step: int = 1
-    """Optimizer steps on one step's rollouts; each takes its share of the groups. Old logprobs are the trainer's own, so
-    that the first ratio is exactly 1."""
+    """Optimizer steps on one step's rollouts; each takes its share of the groups. Old logprobs are the trainer's own,
+    so that the first ratio is exactly 1."""
     cache_gib: float = 0.0
     """Memory for the rollouts' keys and values; 0: for all at full length, or what a GPU has free beside the update."""
     micro_tokens: int = 1024

@@ -30,8 +30,6 @@ def test_arms_share_a_cold_start_and_are_run_once(tmp_path, capsys, monkeypatch)
     for row in found:
         steps = [json.loads(line) for line in (out / f"seed-0/{row['arm']}/metrics.jsonl").read_text().splitlines()]
         assert row["seconds"] == sum(step["time/step"] for step in steps)
-        if row["arm"] == "sft":  # the RL arms' peak of 5e-5, three steps of warm-up away
-            assert [step["lr"] for step in steps] == pytest.approx([1.25e-5, 2.5e-5])
     text = (out / "table.md").read_text()
     assert all(f"| {arm} | 1 |" in text for arm in ("base", "cold", "sft", "sparse"))
     assert "<svg" in (out / "curves.html").read_text()
