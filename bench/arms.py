@@ -17,41 +17,32 @@ folder refuses arms of another configuration: their cold start or budget would d
 
 from __future__ import annotations
 
+import hashlib
 import json
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bench.figure import figure
+from bench.arms_report import ARMS, OWN, metrics_of, write_results
 from bench.step import machine
 from lite_mentor import sft
-from lite_mentor.charts import line_chart
 from lite_mentor.config import Config, parse
 from lite_mentor.errors import UserError
 from lite_mentor.evaluate import evaluate, suites
+from lite_mentor.log import segments
 from lite_mentor.optim import make_optimizer
-from lite_mentor.page import escape, render
 from lite_mentor.run import Run, prepare
-from lite_mentor.statistics import paired_bootstrap
+from lite_mentor.types import Example, Rollout
 from train import train_step
 
-FORMAT = 1
-ARMS = ("base", "sft", "sparse", "strict", "no_align", "mentor", "mentor_f1", "flex")
-OWN = {"seed", "out", "reward", "resume"}
-"""Settings in which the arms of one folder differ."""
-NOTE = (
-    "Accuracy: the mean over seeds. In brackets, for base and cold: the range over seeds, or with one seed the Wilson "
-    "95 % interval; for the others: the change in points since the same seed's cold start on the same questions, and "
-    "its 95 % interval by paired bootstrap, the pairs of all seeds pooled. On the first suite: "
-    "calls per episode, their share that worked, the similarity of the tool mix to the teacher's (1 - JSD), tokens per "
-    "episode, share of episodes cut off. The trained tokens of supervised arms are the assistant's alone."
-)
+FORMAT = 2
+TRANSCRIPTS = 2
+"""Episodes of each suite that are kept as text."""
 
 
 def main(argv: list[str]) -> None:
-    """Run what is missing in --out, then write table.md, arms.json, figure.svg and curves.html there."""
+    """Run what is missing in --out, and write report.html, table.md, arms.json and figure.svg after every arm."""
     arms, rest = _take(argv, "--arms", ARMS)
     seeds, rest = _take(rest, "--seeds", ("0",))
     config = parse(rest)
@@ -64,6 +55,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--out is missing: name a folder for the arms; it may hold earlier ones.")
     out = Path(config.out)
     claim(out, config)
+    about = {"command": " ".join(["python -m bench arms", *argv]), **machine(config.device), "preset": config.preset}
     for seed in map(int, seeds):
         for arm in ("cold", *arms):
             folder = out / f"seed-{seed}" / arm
@@ -71,16 +63,8 @@ def main(argv: list[str]) -> None:
                 print(f"== {arm}, seed {seed} ==", flush=True)
                 reward = {"reward": arm} if arm not in ("base", "cold", "sft") else {}
                 run_arm(arm, replace(config, seed=seed, out=str(folder), **reward), out / f"seed-{seed}" / "cold")
-    results = collect(out)
-    text = table(results)
-    about = {"command": " ".join(["python -m bench arms", *argv]), **machine(config.device), "preset": config.preset}
-    (out / "arms.json").write_text(json.dumps({**about, "arms": results}, indent=1))
-    (out / "table.md").write_text(json.dumps(about) + "\n\n" + text + "\n")
-    (out / "figure.svg").write_text(picture(results, f"{about['preset']}, {about['date']}, commit {about['commit']}"))
-    settings = "".join(f"<dt>{k}</dt><dd>{escape(str(v))}</dd>" for k, v in config.asdict().items() if k not in OWN)
-    parts = dict(title="Arms", date=f"{about['date']}, commit {about['commit']}", summary="", settings=settings)
-    (out / "curves.html").write_text(render(body=curves(out, results), **parts))
-    print(text)
+                write_results(out, config, about)
+    print(write_results(out, config, about))
 
 
 def _take(argv: list[str], flag: str, default: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
@@ -125,16 +109,34 @@ def run_arm(arm: str, config: Config, cold: Path) -> None:
     with prepare(config) as run:
         tokens = sum(_TRAIN[arm](run, cold) if arm in _TRAIN else reinforce(run, cold))
         # Of every process that took a step of this arm, and of no step that a resumed one took again.
-        seconds = sum(row["time/step"] for row in _metrics(out))
+        seconds = sum(row["time/step"] for row in metrics_of(out))
         run.refresh_rollouts()
-        found = {}
+        found, shown = {}, []
         for suite, examples in suites(run.config).items():
-            found[suite], _ = evaluate(run.engine, run.chat, examples, limits=run.limits, run_call=run.run_call)
+            found[suite], rollouts = evaluate(run.engine, run.chat, examples, limits=run.limits, run_call=run.run_call)
+            shown += transcripts_of(run, suite, examples, rollouts, found[suite]["correct"])
             print(f"{arm} {suite}: {found[suite]['accuracy']:.1%} of {found[suite]['n']}", flush=True)
-    result = {"arm": arm, "seed": config.seed, "tokens_trained": tokens, "seconds": seconds, "suites": found}
+    result = {"arm": arm, "seed": config.seed, "tokens_trained": tokens, "seconds": seconds, "suites": found,
+              "transcripts": shown, "cold_start": None if arm == "base" else cold_start_hash(cold)}  # fmt: skip
     partial = out / "arm.json.partial"
     partial.write_text(json.dumps(result))
     partial.replace(out / "arm.json")
+
+
+def transcripts_of(
+    run: Run, suite: str, examples: Sequence[Example], rollouts: Sequence[Rollout], correct: Sequence[int]
+) -> list[dict]:
+    """The first TRANSCRIPTS episodes of a suite as text: every arm's are of the same questions."""
+    return [
+        {"suite": suite, "question": e.question, "answer": list(e.answer), "correct": bool(right), "stop": r.stop,
+         "segments": segments(r, run.chat.decode)}
+        for e, r, right in list(zip(examples, rollouts, correct, strict=True))[:TRANSCRIPTS]
+    ]  # fmt: skip
+
+
+def cold_start_hash(cold: Path) -> str:
+    """SHA-256 of the adapters from which the arms of a seed start."""
+    return hashlib.sha256((cold / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def untrained(run: Run, cold: Path) -> Iterator[int]:
@@ -183,100 +185,7 @@ def reinforce(run: Run, cold: Path) -> Iterator[int]:
         run.log.step(train_step(run, step))
         if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
             run.save(step + 1)
-    yield sum(int(row.get("tokens/trained") or 0) for row in _metrics(run.out))
+    yield sum(int(row.get("tokens/trained") or 0) for row in metrics_of(run.out))
 
 
 _TRAIN = {"base": untrained, "cold": cold_start, "sft": more_supervision}
-
-
-def _metrics(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def collect(out: Path) -> list[dict]:
-    """All finished arms of the folder, in the order of ARMS and seeds."""
-    order = ("base", "cold", *ARMS[1:])
-    found = [json.loads(path.read_text()) for path in out.glob("seed-*/*/arm.json")]
-    return sorted(found, key=lambda r: (order.index(r["arm"]), r["seed"]))
-
-
-def table(results: list[dict]) -> str:
-    """Markdown: accuracy by suite, then how the arm uses tools on validation, and what it cost."""
-    names = list(dict.fromkeys(suite for r in results for suite in r["suites"]))
-    header = [*names, "calls", "calls ok", "mix", "tokens", "cut off", "trained tokens", "s"]
-    lines = ["| arm | seeds | " + " | ".join(header) + " |", "|---" * (len(header) + 2) + "|"]
-    for arm in dict.fromkeys(r["arm"] for r in results):
-        rows = [r for r in results if r["arm"] == arm]
-        first = [next(iter(r["suites"].values())) for r in rows]
-        cells = [_accuracy(results, arm, name) for name in names]
-        for key in ("calls/per_episode", "calls/ok", "tools/teacher_similarity", "tokens/mean_sampled", "truncated"):
-            known = [row[key] for row in first if row.get(key) is not None]
-            cells.append(f"{statistics.fmean(known):.2f}" if known else "")
-        cells += [f"{statistics.fmean(r[key] for r in rows):,.0f}" for key in ("tokens_trained", "seconds")]
-        lines.append(f"| {arm} | {len(rows)} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", NOTE])
-
-
-def _accuracy(results: list[dict], arm: str, suite: str) -> str:
-    """Of an arm that started from the cold start: its mean, and the paired change; of the others mean and interval."""
-    rows = [r["suites"][suite] for r in results if r["arm"] == arm]
-    low, middle, high = _interval(rows)
-    if arm in ("base", "cold"):
-        return f"{middle:.1%} ({100 * low:.1f} to {100 * high:.1f})"
-    change, low, high = change_since_cold(results, arm, suite)
-    return f"{middle:.1%} ({100 * change:+.1f}: {100 * low:+.1f} to {100 * high:+.1f})"
-
-
-def change_since_cold(results: list[dict], arm: str, suite: str) -> tuple[float, float, float]:
-    """(change of accuracy, low, high) since the same seed's cold start, over the same questions, seeds pooled.
-
-    A paired bootstrap. Raises UserError when the two did not answer the same questions.
-    """
-    before: list[int] = []
-    after: list[int] = []
-    cold = {r["seed"]: r for r in results if r["arm"] == "cold"}
-    for r in results:
-        if r["arm"] == arm:
-            start, end = cold[r["seed"]]["suites"][suite], r["suites"][suite]
-            if start["keys"] != end["keys"]:
-                raise UserError(
-                    f"seed-{r['seed']}/{arm} and seed-{r['seed']}/cold answered different questions of {suite}: they "
-                    "were run by different versions; start again with a new --out."
-                )
-            before += start["correct"]
-            after += end["correct"]
-    return paired_bootstrap(before, after)
-
-
-def _interval(rows: list[dict]) -> tuple[float, float, float]:
-    """(low, mean, high): over seeds, or with one seed its Wilson interval."""
-    values = [row["accuracy"] for row in rows]
-    low, high = rows[0]["ci95"] if len(rows) == 1 else (min(values), max(values))
-    return low, statistics.fmean(values), high
-
-
-def picture(results: list[dict], about: str) -> str:
-    """The accuracies as an SVG."""
-    found: dict[str, dict[str, list[dict]]] = {}
-    for r in results:
-        for suite, row in r["suites"].items():
-            found.setdefault(r["arm"], {}).setdefault(suite, []).append(row)
-    suites = list(dict.fromkeys(suite for r in results for suite in r["suites"]))
-    seeds = max(len({r["seed"] for r in results if r["arm"] == arm}) for arm in found)
-    lines = "95 % Wilson intervals" if seeds == 1 else "lines span the seeds"
-    note = f"{about}; {seeds} seed{'s' if seeds > 1 else ''}, {lines}"
-    return figure({arm: {s: _interval(rows) for s, rows in by.items()} for arm, by in found.items()}, suites, note)
-
-
-def curves(out: Path, results: list[dict]) -> str:
-    """Share of right answers among the rollouts of each step, the mean over seeds: rewards have different scales."""
-    series: dict[str, list[float | None]] = {}
-    for arm in dict.fromkeys(r["arm"] for r in results):
-        runs = [[row for row in _metrics(out / f"seed-{r['seed']}" / arm) if row["phase"] == "rl"]
-                for r in results if r["arm"] == arm]  # fmt: skip
-        length = min(len(run) for run in runs)
-        if length:
-            series[arm] = [statistics.fmean(run[i]["reward/correct"] for run in runs) for i in range(length)]
-    steps = range(max(map(len, series.values()), default=0))
-    return line_chart("right answers among the rollouts", list(steps), series, top=1.0) if series else ""

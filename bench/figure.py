@@ -21,8 +21,8 @@ def figure(rows: Mapping[str, Mapping[str, Interval]], suites: Sequence[str], no
         body += _panel(left, suite, [found.get(arm) for arm in rows])
     body.append(_text(0, height - 4, note, "note"))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="Accuracy of every arm on every suite"><style>{_STYLE}</style>'
+        f'<svg class="arms" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" role="img" aria-label="Accuracy of every arm on every suite"><style>{_STYLE}</style>'
         f'<rect class="page" width="{width}" height="{height}"/>{"".join(body)}</svg>'
     )
 
@@ -50,9 +50,10 @@ def _text(x: float, y: float, text: str, style: str) -> str:
     return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
 
 
+# Within a page these rules must not reach what is outside the figure.
 _STYLE = (
-    "text{font:12px system-ui,sans-serif;fill:#1d1f23}.page{fill:#fff}.title{font-weight:600}.name{font-weight:500}"
-    ".note{fill:#6a6f78;font-size:11px}.tick{fill:#6a6f78;font-size:10px;text-anchor:middle}"
-    ".value{fill:#6a6f78;font-size:11px}.grid{stroke:#e3e4e0}"
-    ".range{stroke:#2f6fde;stroke-width:2;stroke-linecap:round;opacity:.45}.dot{fill:#2f6fde}"
+    ".arms text{font:12px system-ui,sans-serif;fill:#1d1f23}.arms .page{fill:#fff}.arms .title{font-weight:600}"
+    ".arms .name{font-weight:500}.arms .note{fill:#6a6f78;font-size:11px}.arms .value{fill:#6a6f78;font-size:11px}"
+    ".arms .tick{fill:#6a6f78;font-size:10px;text-anchor:middle}.arms .grid{stroke:#e3e4e0}"
+    ".arms .range{stroke:#2f6fde;stroke-width:2;stroke-linecap:round;opacity:.45}.arms .dot{fill:#2f6fde}"
 )

@@ -205,16 +205,25 @@ def transcripts(files: RunFiles) -> str:
     cards = []
     for step in dict.fromkeys((files.rollouts[-1]["step"], files.rollouts[0]["step"])):
         ranked = sorted((r for r in files.rollouts if r["step"] == step), key=lambda r: -r["reward"])
-        cards.append(_transcript(f"Step {step + 1}, best", ranked[0], opened=not cards))
+        cards.append(_rewarded(f"Step {step + 1}, best", ranked[0], opened=not cards))
         if len(ranked) > 1:
-            cards.append(_transcript(f"Step {step + 1}, worst", ranked[-1], opened=len(cards) == 1))
+            cards.append(_rewarded(f"Step {step + 1}, worst", ranked[-1], opened=len(cards) == 1))
     return (
         "<h2>Transcripts</h2><p class=note>The <span class=own>student's own text</span>, and "
         f"<span class=injected>what the tools and the template gave back</span>.</p>{''.join(cards)}"
     )
 
 
-def _transcript(title: str, row: Mapping[str, Any], *, opened: bool) -> str:
+def _rewarded(title: str, row: Mapping[str, Any], *, opened: bool) -> str:
+    terms = [f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in row["terms"].items()]
+    return transcript(title, [f"reward {row['reward']:.2f}", *terms], row, opened=opened)
+
+
+def transcript(title: str, marks: Sequence[str], row: Mapping[str, Any], *, opened: bool) -> str:
+    """One episode that folds. `row` has question, answer, stop and segments as in rollouts.jsonl; `marks[0]` is bold.
+
+    All text is escaped here, and what is longer than MOST_TEXT is cut.
+    """
     left, body = MOST_TEXT, []
     for segment in row["segments"]:
         kind = "own" if segment["sampled"] else "injected"
@@ -222,14 +231,11 @@ def _transcript(title: str, row: Mapping[str, Any], *, opened: bool) -> str:
         left = max(0, left - len(segment["text"]))
     if not left:
         body.append(f"<span class=note> ... (cut after {MOST_TEXT} characters)</span>")
-    terms = "".join(
-        f"<span class=chip>{escape(name)} {'-' if value is None else f'{value:.2f}'}</span>"
-        for name, value in row["terms"].items()
-    )
+    first, *others = (escape(mark) for mark in marks)
+    chips = "".join(f"<span class=chip>{mark}</span>" for mark in (f"<b>{first}</b>", *others))
     answer = " or ".join(str(a) for a in row["answer"])
     return (
-        f"<details{' open' if opened else ''}><summary><b>{escape(title)}</b>"
-        f"<span class=chip><b>reward {row['reward']:.2f}</b></span>{terms}"
+        f"<details{' open' if opened else ''}><summary><b>{escape(title)}</b>{chips}"
         f"<span class=chip>ended by {escape(row['stop'])}</span></summary>"
         f"<p class=question>{escape(row['question'])}</p><p class=note>Right answer: {escape(answer)}</p>"
         f"<pre>{''.join(body)}</pre></details>"
