@@ -19,8 +19,9 @@ It is GRPO, with these differences from the textbook:
 
  1. The student learns in turns: it calls tools, reads their results, and answers. Only tokens that it sampled itself
     carry a loss; the mask is written when a token is sampled or injected, and never inferred.
- 2. The reward is dense: right answer, tools aligned with the teacher's, valid calls. The teacher is a cache of finished
-    trajectories; no teacher model is in memory.
+ 2. The reward is dense: right answer, tools aligned with the teacher's, valid calls. An episode that was cut off earns
+    nothing, and a wrong answer keeps a fifth of its alignment. The teacher is a cache of finished trajectories; no
+    teacher model is in memory.
  3. Each reward term is normalised within its group before they are added (GDPO), so that a rare term is still heard.
     Groups in which nothing varies teach nothing: they are counted and dropped before the student's forward.
  4. The loss is averaged over all sampled tokens of the step (DAPO), with a higher upper clip and no KL by default.
