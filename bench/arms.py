@@ -33,6 +33,7 @@ from lite_mentor.evaluate import evaluate, suites
 from lite_mentor.log import segments
 from lite_mentor.optim import make_optimizer
 from lite_mentor.run import Run, prepare
+from lite_mentor.tasks import load_suite
 from lite_mentor.types import Example, Rollout
 from train import train_step
 
@@ -53,6 +54,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--seeds {' '.join(seeds)}: give whole numbers.")
     if not config.out:
         raise UserError("--out is missing: name a folder for the arms; it may hold earlier ones.")
+    for name in set(config.eval_suites) - {"validation", "test"}:
+        load_suite(name, split="test", size=1, seed=0)  # so that a package that it lacks is missed before hours of work
     out = Path(config.out)
     claim(out, config)
     about = {"command": " ".join(["python -m bench arms", *argv]), **machine(config.device), "preset": config.preset}

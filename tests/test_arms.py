@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -193,6 +194,29 @@ def test_what_cannot_be_compared_is_refused(tmp_path, capsys, flags, sentence):
     arms.claim(tmp_path / "arms", arms.parse(FLAGS))
     assert bench_main(["arms", *FLAGS, "--out", str(tmp_path / "arms"), *flags]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("suite", "package", "sentence"),
+    [
+        ("gsm_symbolic", "reasoning_gym", "needs reasoning-gym: install lite-mentor with its extra `eval`."),
+        ("bfcl_multiple", "bfcl_eval", "pip install --no-deps bfcl-eval"),
+        ("ood_tool", None, "There is no task suite 'ood_tool'"),
+    ],
+)
+def test_a_suite_that_cannot_be_had_is_named_before_anything_runs(
+    tmp_path, capsys, monkeypatch, suite, package, sentence
+):
+    if package == "bfcl_eval":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    elif package:
+        monkeypatch.setitem(sys.modules, package, None)
+    flags = [*FLAGS, "--eval-suites", "validation", suite, "--out", str(tmp_path / "arms")]
+    assert bench_main(["arms", *flags]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "arms").exists()
 
 
 def test_folders_of_something_else_are_refused(tmp_path, capsys):
