@@ -245,7 +245,7 @@ PRESETS: dict[str, Config] = {
     "quick": Config(),
     "tiny": Config(
         preset="tiny", student="tiny", quant="none", dtype="fp32", task="tiny", levels=(1,), lora_rank=64,
-        lora_alpha=64, eval_suites=("validation", "test"), sft_steps=75, sft_batch=32, sft_lr=5e-3,
+        lora_alpha=64, eval_suites=("validation", "test", "tiny_ood"), sft_steps=75, sft_batch=32, sft_lr=5e-3,
         steps=28, prompts_per_step=32, max_turns=3, max_new_tokens=96, max_prompt_tokens=256, lr=5e-5,
         micro_tokens=8192, save_every=14,
     ),

@@ -24,7 +24,7 @@ def test_arms_share_a_cold_start_and_are_run_once(tmp_path, capsys, monkeypatch)
     assert bench_main(command) == 0
     found = json.loads((out / "arms.json").read_text())["arms"]
     assert [r["arm"] for r in found] == ["base", "cold", "sft", "sparse"]
-    assert [set(r["suites"]) for r in found] == [{"validation", "test"}] * 4
+    assert [set(r["suites"]) for r in found] == [{"validation", "test", "tiny_ood"}] * 4
     assert len({tuple(r["suites"]["validation"]["keys"]) for r in found}) == 1
     assert found[0]["tokens_trained"] == 0
     assert all(r["tokens_trained"] > 0 for r in found[1:3])

@@ -83,6 +83,17 @@ def test_examples_are_the_same_on_every_machine():
     assert load("ood_lookup", "test", 1)[0].key == "2bf64af79d7c34bb"
 
 
+def test_tiny_ood_differs_from_what_is_trained_in_the_length_of_one_number_alone():
+    def lengths(example):
+        return tuple(len(number) for number in re.findall(r"[0-9]+", example.question))
+
+    assert {lengths(e) for e in load("tiny", size=200)} == {(2, 2)}
+    unseen = load("tiny_ood", "test", 100)
+    assert {lengths(e) for e in unseen} == {(2, 1), (3, 2)}
+    assert {e.meta["steps"][0]["tool"] for e in unseen} == {"add", "subtract", "multiply"}
+    assert all(e.tools == load("tiny", size=1)[0].tools for e in unseen[:10])
+
+
 def test_the_key_is_the_content():
     example = make_example("q", ["1"], calculator_tools(), suite="s", level=1)
     assert example.key == make_example("q", ["1"], calculator_tools(), suite="other").key

@@ -70,9 +70,9 @@ def test_a_run_leaves_everything_it_promises(straight):
     assert all(m["ratio/max"] == 1.0 for m in learned)  # on-policy: the ratio is exactly 1
     assert all(m["logp_gap/max"] < 1e-3 for m in learned)
     evaluations = rows(straight / "eval.jsonl")
-    expected = [(n, s) for n in ("cold_start", "final") for s in ("validation", "test")]
+    expected = [(n, s) for n in ("cold_start", "final") for s in ("validation", "test", "tiny_ood")]
     assert [(e["name"], e["suite"]) for e in evaluations] == expected
-    assert [e["n"] for e in evaluations] == [6, 3, 6, 3]
+    assert [e["n"] for e in evaluations] == [6, 3, 3, 6, 3, 3]
     assert json.loads((straight / "config.json").read_text())["temperature"] == 1.5
 
 

@@ -26,7 +26,7 @@ from lite_mentor.types import Checker, Example, ToolSpec, World
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-SUITES = ("math", "math_varied", "tiny", "ood_tools", "ood_lookup", "gsm_symbolic")
+SUITES = ("math", "math_varied", "tiny", "tiny_ood", "ood_tools", "ood_lookup", "gsm_symbolic")
 """Generated here, in all splits. Beside them are the turns of BFCL (bfcl_turns.py), and for testing only its
 single-turn categories `bfcl_CATEGORY` (bfcl.py)."""
 

@@ -10,7 +10,7 @@ from lite_mentor.tools import calculator_tools
 from lite_mentor.types import Example
 
 LEVELS = (1,)
-_TOOLS = tuple(tool for tool in calculator_tools() if tool.name in ("add", "subtract", "multiply"))
+TOOLS = tuple(tool for tool in calculator_tools() if tool.name in ("add", "subtract", "multiply"))
 _BELOW_100 = {"a": (10, 99), "b": (10, 99)}
 
 TEMPLATES = (
@@ -31,7 +31,7 @@ def generate(split: Split, *, size: int, seed: int, levels: Sequence[int]) -> li
     return generate_examples(
         "tiny",
         TEMPLATES,
-        lambda random, template: {tool.name: tool for tool in _TOOLS},
+        lambda random, template: {tool.name: tool for tool in TOOLS},
         split=split,
         size=size,
         seed=seed,
