@@ -1,31 +1,35 @@
-"""Held-out suites, greedy: accuracy with its interval, and how the student used its tools.
+"""Held-out suites: accuracy with its interval, pass@k, and how the student used its tools.
 
     python -m lite_mentor.evaluate RUN --suites validation --size 200
+    python -m lite_mentor.evaluate FOLDER --student Qwen/Qwen3-0.6B --adapters none --suites ood_tools
 
-evaluates a run's cold start and its final adapter again, on the same examples, and says what RL changed.
+The first evaluates a run's cold start and its final adapter again, on the same examples, and says what RL changed; the
+second, a student without a run. What FOLDER/evaluate.jsonl already holds, of the same weights, is not run again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
-from lite_mentor.config import Config, load
+from lite_mentor.config import PRESETS, Config, load
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
 from lite_mentor.judge import is_right
 from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.rollout import Limits, limits_of, messages_of, roll_out
 from lite_mentor.sandbox import open_sandbox
-from lite_mentor.statistics import paired_bootstrap, tool_statistics, wilson
-from lite_mentor.student import load_student
+from lite_mentor.statistics import bootstrap_mean, paired_bootstrap, pass_at_k, tool_statistics, wilson
+from lite_mentor.student import Student, compute_device, load_student
 from lite_mentor.tasks import bfcl, load_suite, load_task
 from lite_mentor.tools import RunCall, caller, run_call
 from lite_mentor.types import Example, Rollout
@@ -47,26 +51,40 @@ def suites(config: Config) -> dict[str, list[Example]]:
 
 
 def evaluate(
-    engine: Engine, chat: Chat, examples: Sequence[Example], *, limits: Limits, run_call: RunCall
+    engine: Engine,
+    chat: Chat,
+    examples: Sequence[Example],
+    *,
+    limits: Limits,
+    run_call: RunCall,
+    samples: int = 1,
+    temperature: float = 0.0,
 ) -> tuple[dict, list[Rollout]]:
-    """One greedy rollout of each example -> the row of eval.jsonl (without its step and name), and the rollouts.
+    """`samples` rollouts of each example -> the row of eval.jsonl (without its step and name), and the rollouts.
 
-    An episode that was cut off, or that has no answer, is wrong; nothing is left out of the count. BFCL asks for one
-    turn and judges its calls, as the leaderboard does.
+    `correct` counts the right ones of each example, `accuracy` is their share, and with several there is pass@k for
+    every power of two k. An episode that was cut off, or that has no answer, is wrong; nothing is left out of the
+    count. BFCL asks for one turn and judges its calls, as the leaderboard does.
     """
     if any(e.suite in bfcl.SUITES for e in examples):
         limits = replace(limits, max_turns=1)
-    greedy = Sampling(temperature=0.0)
+    sampling = Sampling(temperature=temperature)
     rollouts = roll_out(
-        engine, chat, examples, group_size=1, limits=limits, sampling=greedy, seed=0, step=-1, run_call=run_call
+        engine, chat, examples, group_size=samples, limits=limits, sampling=sampling, seed=0, step=-1, run_call=run_call
     )
-    correct = [_is_right(chat, r, e) for r, e in zip(rollouts, examples, strict=True)]
+    correct = [0] * len(examples)
+    for rollout in rollouts:
+        correct[rollout.group] += _is_right(chat, rollout, examples[rollout.group])
+    passes = {k: [pass_at_k(samples, c, k) for c in correct] for k in (2**i for i in range(1, samples.bit_length()))}
     result = {
         "n": len(examples),
         "keys": [e.key for e in examples],
-        "correct": [int(c) for c in correct],
-        "accuracy": sum(correct) / len(correct),
-        "ci95": list(wilson(sum(correct), len(correct))),
+        "correct": correct,
+        "accuracy": sum(correct) / len(rollouts),
+        "ci95": list(
+            wilson(sum(correct), len(correct)) if samples == 1 else bootstrap_mean([c / samples for c in correct])
+        ),
+        **{f"pass@{k}": sum(values) / len(values) for k, values in passes.items()},
         **tool_statistics(rollouts, _gold_tools(examples)),
     }
     return result, rollouts
@@ -94,14 +112,22 @@ def _gold_tools(examples: Sequence[Example]) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate the adapters of a finished run."""
+    """Evaluate the adapters of a run, or any student."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    folder: tyro.conf.Positional[Path]
+    """Folder of the run; with --student, where results shall land."""
+    student: str = ""
+    """A student without a run, named as for train.py; the other settings are then those of --preset."""
+    preset: str = "quick"
+    """Only with --student."""
     suites: tuple[str, ...] = ("validation",)
     """validation, test, any built-in suite, or a category of BFCL such as bfcl_live_simple (needs bfcl-eval)."""
     size: int = 200
     """Examples of `validation`; every other suite uses half as many."""
+    samples: int = 1
+    """Rollouts of each example. One is greedy; more are sampled at --temperature, and give pass@k."""
+    temperature: float = 1.0
+    """Of several samples."""
     max_prompt_tokens: int = 0
     """Longest prompt; 0 takes the run's. BFCL's many tools need about 2,000."""
     sandbox: Literal["on", "off"] = "on"
@@ -111,47 +137,103 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print accuracies and paired differences; append every result to RUN/evaluate.jsonl. 2: something to put right."""
+    """Print accuracies and paired differences; keep every result in evaluate.jsonl. 2: something to put right."""
     options = tyro.cli(Options, args=argv, prog="python -m lite_mentor.evaluate")
     try:
-        config = replace(load(str(options.run / "config.json")), eval_suites=options.suites, eval_size=options.size)
-        if options.max_prompt_tokens:
-            config = replace(config, max_prompt_tokens=options.max_prompt_tokens)
+        config = _config(options)
         student = load_student(
             config.student, quant=config.quant, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
             device=config.device, dtype=config.dtype,
         )  # fmt: skip
         context = config.max_prompt_tokens + config.max_new_tokens
         engine = Engine.of(student, slots=64, context=context, gib=config.cache_gib, backend=config.kernel_backend)
-        limits = limits_of(config)
-        first: dict[str, dict] = {}
         with open_sandbox(options.sandbox) as sandbox:
             if sandbox.way == "limits only":
                 print(sandbox.note, file=sys.stderr)
-            for adapter in options.adapters:
-                if adapter != "none":
-                    inside = options.run / adapter
-                    student.load_adapter(inside if inside.exists() else Path(adapter))
-                engine.weights_changed()
-                for suite, examples in suites(config).items():
-                    result, _ = evaluate(
-                        engine, Chat(student.tokenizer), examples, limits=limits,
-                        run_call=caller(sandbox.call),
-                    )  # fmt: skip
-                    print(_line(adapter, suite, result, first.get(suite)), flush=True)
-                    first.setdefault(suite, result)
-                    with open(options.run / "evaluate.jsonl", "a", encoding="utf-8") as file:
-                        file.write(json.dumps({"name": adapter, "suite": suite, **result}) + "\n")
+            _evaluate_all(options, config, engine, student, caller(sandbox.call))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
+def _config(options: Options) -> Config:
+    if options.samples < 1 or not options.temperature > 0:
+        raise UserError(
+            f"--samples {options.samples} --temperature {options.temperature}: take one sample or more, at a "
+            "temperature above 0."
+        )
+    if options.student:
+        if options.preset not in PRESETS:
+            raise UserError(f"--preset {options.preset!r}: there is no such preset; choose from {', '.join(PRESETS)}.")
+        preset = PRESETS[options.preset]
+        device = compute_device(preset.device)
+        config = replace(preset, student=options.student, device=device, out=str(options.folder))
+        options.folder.mkdir(parents=True, exist_ok=True)
+    else:
+        config = load(str(options.folder / "config.json"))
+    longest = options.max_prompt_tokens or config.max_prompt_tokens
+    return replace(config, eval_suites=options.suites, eval_size=options.size, max_prompt_tokens=longest)
+
+
+def _evaluate_all(options: Options, config: Config, engine: Engine, student: Student, run_call: RunCall) -> None:
+    """Each adapter on each suite; a line of evaluate.jsonl that is the same evaluation stands for it."""
+    file, chat, limits = options.folder / "evaluate.jsonl", Chat(student.tokenizer), limits_of(config)
+    done = _results(file)
+    untrained = {name: tensor.clone() for name, tensor in student.adapter_state().items()}
+    temperature = options.temperature if options.samples > 1 else 0.0
+    first: dict[str, dict] = {}
+    for adapter in options.adapters:
+        if adapter == "none":
+            student.load_adapter_state(untrained)
+        else:
+            inside = options.folder / adapter
+            student.load_adapter(inside if inside.exists() else Path(adapter))
+        engine.weights_changed()
+        for suite, examples in suites(config).items():
+            identity = {
+                "name": adapter, "suite": suite, "samples": options.samples, "temperature": temperature,
+                "keys": [e.key for e in examples], "limits": asdict(limits), "weights": _weights(student),
+            }  # fmt: skip
+            result = next((row for row in done if identity.items() <= row.items()), None)
+            if result is None:
+                found, _ = evaluate(
+                    engine, chat, examples, limits=limits, run_call=run_call, samples=options.samples,
+                    temperature=temperature,
+                )  # fmt: skip
+                result = {**identity, **found}
+                done.append(result)
+                with file.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps(result) + "\n")
+            print(_line(adapter, suite, result, first.get(suite)), flush=True)
+            first.setdefault(suite, result)
+
+
+def _results(file: Path) -> list[dict]:
+    """The lines of an earlier call. A last line that was cut short is evaluated again."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows += [row] if isinstance(row, dict) else []
+    return rows
+
+
+def _weights(student: Student) -> str:
+    """sha256 of what decides an answer: the base, as far as its fingerprint goes, and the adapters."""
+    digest = hashlib.sha256(student.fingerprint().encode())
+    for name, tensor in sorted(student.adapter_state().items()):
+        digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _line(adapter: str, suite: str, result: dict, first: dict | None) -> str:
     low, high = result["ci95"]
     text = f"{suite} {adapter}: {result['accuracy']:.1%} of {result['n']} (95 % interval {low:.1%} to {high:.1%})"
-    if first is not None:
+    text += "".join(f"; {key} {value:.1%}" for key, value in result.items() if key.startswith("pass@"))
+    if first is not None and result["samples"] == 1:
         change, low, high = compare(first, result)
         text += f"; change {change:+.1%} (paired bootstrap {low:+.1%} to {high:+.1%})"
     return text

@@ -30,7 +30,7 @@ from lite_mentor.optim import Guard, make_optimizer
 from lite_mentor.prompt import Chat
 from lite_mentor.rollout import Limits, limits_of
 from lite_mentor.sandbox import open_sandbox
-from lite_mentor.student import Student, compute_dtype, load_student
+from lite_mentor.student import Student, compute_device, compute_dtype, load_student
 from lite_mentor.tasks import load_task
 from lite_mentor.teacher import TeacherCache, open_cache
 from lite_mentor.tools import RunCall, caller
@@ -164,9 +164,7 @@ def differences(found: checkpoint.Checkpoint, run: Run) -> tuple[list[str], list
 @contextmanager
 def prepare(config: Config) -> Iterator[Run]:
     """Open every room of a run; on leaving, close what has processes or files."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = compute_device(config.device)
     out = Path(config.resume or config.out or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     # What `auto` means is decided once and written down: a resumed run must not decide otherwise.
     dtype = "bf16" if compute_dtype(device, config.dtype) is torch.bfloat16 else "fp32"

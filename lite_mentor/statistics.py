@@ -42,6 +42,15 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def bootstrap_mean(values: Sequence[float]) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a mean over examples, each of which gave one value."""
+    if not values:
+        raise ValueError("no values have no mean")
+    drawn = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
+    low, high = np.quantile(np.asarray(values, dtype=float)[drawn].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
 def jsd_similarity(names_a: Mapping[str, int], names_b: Mapping[str, int]) -> float | None:
     """1 - the Jensen-Shannon divergence in bits of two count tables: 1 is the same mix, 0 has nothing in common.
 

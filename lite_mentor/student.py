@@ -352,6 +352,13 @@ def _prove(student: Student) -> None:
         )
 
 
+def compute_device(requested: str = "auto") -> str:
+    """What `auto` means on this machine; any other name stands for itself."""
+    if requested != "auto":
+        return requested
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def compute_dtype(device: str, requested: str = "auto") -> torch.dtype:
     """The dtype to compute in; `auto` is bf16 where the hardware is faster in it: measured on a CPU, known on CUDA."""
     if requested != "auto":

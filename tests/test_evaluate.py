@@ -6,18 +6,20 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 import train
 from lite_mentor import evaluate as room
 from lite_mentor.config import PRESETS
 from lite_mentor.evaluate import compare, suites
+from lite_mentor.student import load_student
 from tests.test_train import SHORT
 
 
 def test_held_out_suites_never_depend_on_the_seed():
     one, two = (suites(dataclasses.replace(PRESETS["tiny"], seed=s, eval_size=10)) for s in (0, 1))
     assert {n: [e.key for e in v] for n, v in one.items()} == {n: [e.key for e in v] for n, v in two.items()}
-    assert [len(v) for v in one.values()] == [10, 5]
+    assert [len(v) for v in one.values()] == [10, 5, 5]
 
 
 def test_only_the_same_examples_are_compared():
@@ -40,7 +42,47 @@ def test_the_command_compares_the_cold_start_with_the_final_adapter(tmp_path, ca
     rows = [json.loads(line) for line in (out / "evaluate.jsonl").read_text().splitlines()]
     assert [(r["name"], r["n"]) for r in rows] == [("cold_start", 8), ("adapter", 8)]
 
+    monkeypatch.setattr(room, "evaluate", None)  # what was evaluated is not evaluated again
+    assert room.main([str(out), "--size", "8"]) == 0
+    assert capsys.readouterr().out.strip().splitlines() == [first, second]
+    with pytest.raises(TypeError):
+        room.main([str(out), "--size", "8", "--samples", "2"])
+
+
+def test_a_student_without_a_run_is_sampled_and_passes_at_k(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LITE_MENTOR_CACHE", str(tmp_path / "cache"))
+    right = iter([1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
+    monkeypatch.setattr(room, "_is_right", lambda chat, rollout, example: next(right))
+    command = [str(tmp_path / "out"), "--student", "tiny", "--preset", "tiny", "--adapters", "none", "--size", "3"]
+    assert room.main([*command, "--samples", "4"]) == 0
+    # pass@2 by hand: 1 - C(3, 2) / C(4, 2) = 1/2, 0 and 1; pass@4 is 1, 0 and 1.
+    said = capsys.readouterr().out
+    assert "validation none: 41.7% of 3 (95 % interval 0.0% to 100.0%); pass@2 50.0%; pass@4 66.7%\n" in said
+    (row,) = [json.loads(line) for line in (tmp_path / "out" / "evaluate.jsonl").read_text().splitlines()]
+    assert row["correct"] == [1, 0, 4]
+    assert (row["samples"], row["temperature"], row["pass@4"]) == (4, 1.0, pytest.approx(2 / 3))
+
+
+def test_the_base_after_an_adapter_is_the_base(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LITE_MENTOR_CACHE", str(tmp_path / "cache"))
+    student = load_student("tiny", quant="none", dtype="fp32", lora_rank=64, lora_alpha=64)
+    with torch.no_grad():
+        for tensor in student.adapter_state().values():
+            tensor.add_(0.5)
+    student.save_adapter(tmp_path / "other")
+    command = [str(tmp_path / "out"), "--student", "tiny", "--preset", "tiny", "--size", "2"]
+    assert room.main([*command, "--adapters", "none", str(tmp_path / "other"), "none"]) == 0
+    first, _, again = capsys.readouterr().out.strip().splitlines()
+    assert again.startswith(first)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "evaluate.jsonl").read_text().splitlines()]
+    assert [r["name"] for r in rows] == ["none", str(tmp_path / "other")]  # the third was read from the first
+    assert rows[0]["weights"] != rows[1]["weights"]
+
 
 def test_what_can_be_wrong_is_one_sentence(tmp_path, capsys):
     assert room.main([str(tmp_path)]) == 2
     assert "there is no config.json" in capsys.readouterr().err
+    assert room.main([str(tmp_path), "--student", "tiny", "--preset", "nope"]) == 2
+    assert "there is no such preset" in capsys.readouterr().err
+    assert room.main([str(tmp_path), "--student", "tiny", "--samples", "0"]) == 2
+    assert "take one sample or more" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lite_mentor.statistics import jsd_similarity, paired_bootstrap, pass_at_k, tool_statistics, wilson
+from lite_mentor.statistics import bootstrap_mean, jsd_similarity, paired_bootstrap, pass_at_k, tool_statistics, wilson
 from lite_mentor.types import Rollout, ToolCall
 
 COUNTS = st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 50))
@@ -144,3 +144,12 @@ def test_tool_statistics_by_hand():
         "tool/abs": pytest.approx(1 / 3), "tool/add": pytest.approx(2 / 3), "tools/teacher_similarity": 1.0,
         "answered": 0.5, "truncated": 0.5, "tokens/mean_sampled": 2.5,
     }  # fmt: skip
+
+
+def test_the_interval_of_a_mean_over_examples():
+    assert bootstrap_mean([0.5] * 10) == (0.5, 0.5)
+    low, high = bootstrap_mean([0.0, 1.0] * 200)  # 0.5 -+ 1.96 * 0.5 / 20
+    assert low == pytest.approx(0.451, abs=0.006)
+    assert high == pytest.approx(0.549, abs=0.006)
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap_mean([])
