@@ -7,8 +7,9 @@ import os
 import pytest
 import torch
 
-# Several test processes on a small machine would otherwise wait on each other's threads.
+# Several test processes on a small machine would otherwise wait on each other's threads; what they start, too.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Before anything imports the kernels: their decorator reads it.
 if not torch.cuda.is_available():
