@@ -138,45 +138,55 @@ class Split:
 
         prefill    forward and head of the steps that read a prompt or a result, whatever else decoded in them
         decode     forward and head of the others
-        sampling   the kernel, and its tokens on their way to the CPU
+        sampling   the kernel (with CUDA graphs it is part of decode)
         tools      results handed over at the end of a turn (here they are ready: nothing is run)
 
-    What is left of the whole, bookkeeping and plans of attention, is the rest.
+    What is left of the whole, bookkeeping, plans of attention and copies, is the rest.
     """
 
     def __init__(self, engine: Engine):
         self.seconds, self.decode_steps, self.decode_kv_bytes = dict.fromkeys(PARTS, 0.0), 0, 0
-        self.engine, self._kind = engine, "prefill"
-        self._own = engine.forward, engine.head, engine.draw
+        self.engine, self.decoder, self._kind = engine, engine.decoder, "prefill"
+        self._before = dict(vars(self.decoder))
 
     def __enter__(self) -> Split:
-        forward, head, draw = self._own
-        engine = self.engine
-        token_bytes = sum(cache[:, 0, 0].nbytes for cache in (engine.pool.keys, engine.pool.values))
+        decoder, pool = self.decoder, self.engine.pool
+        forward, head, draw, run_steps = decoder.forward, decoder.head, decoder.draw, decoder.run
+        token_bytes = sum(cache[:, 0, 0].nbytes for cache in (pool.keys, pool.values))
 
-        def watched(ids_1T, positions_1T, plan):
-            self._kind = "prefill" if plan.multiple else "decode"
-            if not plan.multiple:  # each row reads its own keys and values, and all together the prefix once
-                tokens = len(engine.prefix_ids) + sum(len(s.ids) - s.shared for s in engine.speaking)
-                self.decode_steps += 1
-                self.decode_kv_bytes += tokens * token_bytes
-            return self.within(self._kind, forward, ids_1T, positions_1T, plan)
+        def run(ids, uniforms, spans, *, prefix, sampling):
+            steps = len(uniforms[0])
+            for k in range(steps):  # each row reads its own keys and values, and all together the prefix once
+                self.decode_kv_bytes += token_bytes * (prefix + sum(s.end - s.shared + k for s in spans))
+            self.decode_steps += steps
+            self._kind = "decode"
+            count = self.within if decoder.graphs else lambda _, run, *inputs, **options: run(*inputs, **options)
+            out = count("decode", run_steps, ids, uniforms, spans, prefix=prefix, sampling=sampling)
+            self._kind = "prefill"
+            return out
 
-        engine.forward = watched
-        engine.head = lambda hidden_RH: self.within(self._kind, head, hidden_RH)
-        engine.draw = lambda *inputs: self.within("sampling", draw, *inputs)
+        decoder.run = run
+        decoder.forward = lambda *inputs: self.part(self._kind, forward, *inputs)
+        decoder.head = lambda hidden_RH: self.part(self._kind, head, hidden_RH)
+        decoder.draw = lambda *inputs: self.part("sampling", draw, *inputs)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.engine.forward, self.engine.head, self.engine.draw = self._own
+        vars(self.decoder).clear()
+        vars(self.decoder).update(self._before)
 
-    def within(self, part: str, run: Callable, *inputs):
-        """What `run` returns; its seconds count for `part`."""
+    def part(self, name: str, run: Callable, *inputs):
+        """As `within`, but not while a graph is recorded: nobody can wait for that."""
+        inside = self.decoder.graphs and self._kind == "decode"
+        return run(*inputs) if inside else self.within(name, run, *inputs)
+
+    def within(self, name: str, run: Callable, *inputs, **options):
+        """What `run` returns; its seconds count for part `name`."""
         begin = time.perf_counter()
-        out = run(*inputs)
+        out = run(*inputs, **options)
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize()
-        self.seconds[part] += time.perf_counter() - begin
+        self.seconds[name] += time.perf_counter() - begin
         return out
 
 
@@ -194,10 +204,14 @@ def by_engine(engine: Engine, prompts, results, options) -> dict[str, float]:
                 engine.resume(s, results[turn_of[id(s)]])
                 turn_of[id(s)] += 1
 
+        burst = engine.burst
         while engine.busy:
+            # Turns end by their length here, which no burst may pass.
+            engine.burst = min([burst, *(options.new - len(s.ids) + s.turn_start for s in engine.speaking)])
             for s in engine.step():
                 engine.release(s)
             split.within("tools", hand_over, [s for s in engine.speaking if len(s.ids) - s.turn_start == options.new])
+    engine.burst = burst
     return {**split.seconds, "decode_steps": split.decode_steps, "decode_kv_bytes": split.decode_kv_bytes}
 
 

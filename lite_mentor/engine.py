@@ -15,6 +15,10 @@ may still grow. Most sequences end long before their limit, so a pool much small
 when it runs out all the same, the youngest sequence gives its pages back and waits to be read again. The oldest never
 does, and each fits into the pool alone: so all of them finish, and none is dropped.
 
+When every row has one new token, `burst` steps run without the host: the token that was drawn is the next step's
+input where it is, on the GPU, and the tokens of all of them are fetched by one copy (decode.py). What a sequence draws
+behind its end of turn is thrown away.
+
 Sampling is counter-based: the caller gives each sequence its own row of uniforms, and the token at position t
 is the inverse-CDF of uniform t. Batch order, batch size and scheduling cannot change what a sequence draws.
 """
@@ -27,10 +31,10 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import torch
-from mentor_kernels import sample
 
+from lite_mentor.decode import Decoder, Sampling
 from lite_mentor.errors import UserError
-from lite_mentor.paging import DecodePlan, PagePool, Span
+from lite_mentor.paging import PagePool, Span, StepPlan
 from lite_mentor.student import Student
 
 
@@ -63,22 +67,15 @@ class Sequence:
         return self.prompt_length + len(self.uniforms) - len(self.ids)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn. Temperature 0 is greedy, and then logprobs are those of temperature 1."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-
 class Engine:
     """Decodes up to `slots` sequences at once, each of up to `context` tokens; the rest wait their turn.
 
     The pool has room for `tokens` tokens in pages of `page` (by default for all slots at their longest).
 
     `forward(ids_1T, positions_1T, plan) -> hidden_TH` runs the student's backbone with our attention plan;
-    `head(hidden_RH) -> logits_RV` float32. `backend` is that of the sampling kernel.
+    `head(hidden_RH) -> logits_RV` float32. `backend` is that of the kernels that attend and sample. `burst` is the most
+    tokens that a sequence samples in one step: by default 8 on CUDA, where asking the host costs more than a few
+    tokens too many, and 1 elsewhere. `graphs` plays those steps from CUDA graphs.
     """
 
     def __init__(
@@ -97,15 +94,21 @@ class Engine:
         tokens: int | None = None,
         page: int = 16,
         chunk: int = 2048,
+        burst: int | None = None,
+        graphs: bool = False,
         backend: str | None = None,
     ):
-        self.forward, self.head, self.backend = forward, head, backend
         self.eos_ids = frozenset(eos_ids)
         self.slots, self.context, self.chunk, self.device = slots, context, chunk, torch.device(device)
         pages = -(-(slots * context if tokens is None else tokens) // page)
         self.pool = PagePool(
             layers=layers, pages=pages, page=page, kv_heads=kv_heads, head_dim=head_dim, device=device, dtype=dtype
         )
+        self.burst = burst or (8 if self.device.type == "cuda" else 1)
+        self.decoder = Decoder(
+            forward, head, self.pool, width=self.pool.pages_for(context), most_steps=self.burst, graphs=graphs,
+            backend=backend,
+        )  # fmt: skip
         self.waiting: deque[Sequence] = deque()
         self.alive: list[Sequence] = []
         self.speaking: list[Sequence] = []
@@ -125,6 +128,8 @@ class Engine:
         gib: float = 0.0,
         tokens: int | None = None,
         page: int = 16,
+        burst: int | None = None,
+        graphs: bool = False,
         backend: str | None = None,
     ) -> Engine:
         """An engine that samples from the student's rollout weights.
@@ -138,7 +143,8 @@ class Engine:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         if tokens is None:
             token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * student.dtype.itemsize
-            tokens = _affordable_tokens(token_bytes, slots * context, gib, student.device)
+            # One page more: the spare one.
+            tokens = _affordable_tokens(token_bytes, slots * context + page, gib, student.device) - page
             if tokens < context:
                 raise UserError(
                     f"The cache of keys and values can have {tokens * token_bytes / 2**30:.2f} GiB, room for {tokens} "
@@ -158,6 +164,8 @@ class Engine:
             page=page,
             device=student.device,
             dtype=student.dtype,
+            burst=burst,
+            graphs=graphs,
             backend=backend,
         )
 
@@ -229,40 +237,64 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """Sample one token for every speaking sequence; return those whose turn ended with it (now paused)."""
+        """Sample a token, or up to `burst`, for every speaking sequence; return those whose turn ended (now paused)."""
         self._admit()
         rows = self._affordable_rows()
         if not rows:  # all that are alive are paused, and hold what those that wait need
             return []
-        hidden_RH = self._forward_rows(rows)
-        row_of = {id(leader): r for r, followers in enumerate(rows) for leader in followers}
-        drawing = [s for s in self.speaking if id(s) in row_of]
-        logits_BV = self.head(hidden_RH)[[row_of[id(s)] for s in drawing]]
-        for s, token, logp in zip(drawing, *self.draw(logits_BV, drawing), strict=True):
-            s.ids.append(token)
-            s.sampled.append(True)
-            s.logp.append(logp)
-            s.ended = token in self.eos_ids
+        decoding = all(len(row) == 1 and len(row[0].ids) - row[0].cached == 1 for row in rows)
+        drawing, tokens, logps = self._decode([row[0] for row in rows]) if decoding else self._read(rows)
+        if any(math.isnan(logp) for row in logps for logp in row):
+            raise UserError(
+                "The student's logits hold NaN or infinity, so no token can be drawn from them; its weights are broken "
+                "or too large for this dtype: try --dtype fp32, or another --student."
+            )
+        for s, drawn, logp in zip(drawing, tokens, logps, strict=True):
+            self._append(s, drawn, logp)
         done = [s for s in drawing if s.ended or s.room == 0]
         finished = {id(s) for s in done}
         self.speaking = [s for s in self.speaking if id(s) not in finished]
         return done
 
-    def draw(self, logits_BV: torch.Tensor, drawing: list[Sequence]) -> tuple[list[int], list[float]]:
-        """The next token of each sequence, and its logprob."""
+    def _append(self, sequence: Sequence, tokens: list[int], logps: list[float]) -> None:
+        """What was drawn, up to the end of the turn; pages that were meant for what came behind it go back."""
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos_ids), len(tokens))
+        sequence.ids += tokens[:end]
+        sequence.sampled += [True] * end
+        sequence.logp += logps[:end]
+        sequence.ended = tokens[end - 1] in self.eos_ids
+        sequence.cached = len(sequence.ids) - 1
+        filled = self.pool.pages_for(sequence.cached - sequence.shared)
+        self.pool.drop(sequence.pages[filled:])
+        del sequence.pages[filled:]
+
+    def _decode(self, drawing: list[Sequence]) -> tuple[list[Sequence], list[list[int]], list[list[float]]]:
+        """Tokens for sequences that wait for nothing but their next one; as many as all of them have room for."""
+        steps = min(self.burst, *(s.room for s in drawing))
+        if sum(self._missing(s, steps) for s in drawing) > len(self.pool.free):
+            steps = 1
+        for s in drawing:
+            s.pages += self.pool.take(self._missing(s, steps))
+        uniforms = [list(s.uniforms[len(s.ids) - s.prompt_length :][:steps]) for s in drawing]
+        spans = [Span(s.pages, s.shared, s.cached, len(s.ids)) for s in drawing]
+        prefix = len(self.prefix_ids)
+        ids = [s.ids[-1] for s in drawing]
+        return drawing, *self.decoder.run(ids, uniforms, spans, prefix=prefix, sampling=self.sampling)
+
+    def _missing(self, sequence: Sequence, steps: int = 1) -> int:
+        """Pages that it lacks for its tokens and the first `steps - 1` of those that it will draw."""
+        return self.pool.pages_for(len(sequence.ids) + steps - 1 - sequence.shared) - len(sequence.pages)
+
+    def _read(self, rows: list[list[Sequence]]) -> tuple[list[Sequence], list[list[int]], list[list[float]]]:
+        """One token for each sequence after a forward in which some rows have more to read than their last token."""
+        hidden_RH = self._forward_rows(rows)
+        row_of = {id(s): r for r, row in enumerate(rows) for s in row}
+        drawing = [s for s in self.speaking if id(s) in row_of]
+        logits_BV = self.decoder.head(hidden_RH)[[row_of[id(s)] for s in drawing]]
         uniforms = [s.uniforms[len(s.ids) - s.prompt_length] for s in drawing]
         uniform_B = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)
-        how = self.sampling
-        out = sample(
-            logits_BV, uniform_B, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, backend=self.backend
-        )
-        logp = out.logprob_B.tolist()
-        if any(map(math.isnan, logp)):
-            raise UserError(
-                "The student's logits hold NaN or infinity, so no token can be drawn from them; its weights are broken "
-                "or too large for this dtype: try --dtype fp32, or another --student."
-            )
-        return out.token_B.tolist(), logp
+        token_B, logp_B = self.decoder.draw(logits_BV, uniform_B, self.sampling)
+        return drawing, token_B[:, None].tolist(), logp_B[:, None].tolist()
 
     def _admit(self) -> None:
         """Let waiting sequences in while there are a slot and pages for the next one."""
@@ -314,6 +346,7 @@ class Engine:
             return
         self._forget_prefix()
         if shared:
+            # The whole pool is free now, so the prefix gets its first pages: there its readers look for it.
             prefix = Sequence(len(shared), (), shared, [], [], 0)
             self._run([prefix])
             self.prefix_ids, self.prefix_pages = shared, prefix.pages
@@ -326,8 +359,7 @@ class Engine:
         """The rows to run now, for which the pool has pages: the youngest sequences give theirs back until it has."""
         while True:
             rows = self._chunk_of_rows()
-            missing = sum(self.pool.pages_for(len(r[0].ids) - r[0].shared) - len(r[0].pages) for r in rows)
-            if missing <= len(self.pool.free):
+            if sum(self._missing(row[0]) for row in rows) <= len(self.pool.free):
                 return rows
             youngest = self.alive[-1]
             self.release(youngest)
@@ -365,12 +397,11 @@ class Engine:
 
     def _run(self, leaders: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
         for s in leaders:
-            s.pages += self.pool.take(self.pool.pages_for(len(s.ids) - s.shared) - len(s.pages))
+            s.pages += self.pool.take(self._missing(s))
         spans = [Span(s.pages, s.shared, s.cached, len(s.ids)) for s in leaders]
-        # The prefix was placed when the whole pool was free, so its pages are the first ones.
-        plan = DecodePlan(self.pool, self.pool.first(len(self.prefix_ids)), spans)
+        plan = StepPlan(self.pool, len(self.prefix_ids), spans, backend=self.decoder.backend)
         ids_1T = torch.tensor([[i for s in leaders for i in s.ids[s.cached :]]], device=self.device)
-        return self.forward(ids_1T, plan.positions_T[None], plan), plan.last_R
+        return self.decoder.forward(ids_1T, plan.positions_T[None], plan), plan.last_R
 
 
 def _affordable_tokens(token_bytes: int, most: int, gib: float, device: torch.device) -> int:

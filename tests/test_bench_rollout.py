@@ -23,7 +23,7 @@ def test_the_rollout_bench_prints_a_table_and_its_json(capsys):
     row = json.loads(lines[-1])
     assert row["sampled"] == 2 * 2 * 2 * 3
     # 40 tokens for each of 4 slots; a token has 3 layers, 4 KV heads of 32, float32 keys and values.
-    assert row["cache_bytes"] == 4 * 40 * 3 * 4 * 32 * 4 * 2
+    assert row["cache_bytes"] == (4 * 40 + 16) * 3 * 4 * 32 * 4 * 2
     ours = row["engine"]
     assert all(ours[part] > 0 for part in (*PARTS, "rest"))
     assert math.fsum(ours[part] for part in (*PARTS, "rest")) == pytest.approx(ours["total"], rel=1e-9)
@@ -91,11 +91,11 @@ def test_the_split_is_of_the_whole(monkeypatch):
         layers=1, kv_heads=1, head_dim=2, eos_ids=[], slots=2, context=20,
     )  # fmt: skip
     engine.sampling = Sampling(0.0)
-    engine.draw = clock.takes(1.0, engine.draw)
+    engine.decoder.draw = clock.takes(1.0, engine.decoder.draw)
     engine.resume = clock.takes(0.5, engine.resume)
     engine.release = clock.takes(0.25, engine.release)
     options = argparse.Namespace(prompt=4, turns=1, new=2, result=3)
-    own = engine.forward, engine.head, engine.draw
+    own = vars(engine.decoder).copy()
     found = rollout.timed(
         lambda: rollout.by_engine(engine, [[1, 2, 3, 4], [1, 2, 5, 6]], [[7, 8, 9]], options), engine.device
     )
@@ -105,7 +105,7 @@ def test_the_split_is_of_the_whole(monkeypatch):
     assert found["total"] - sum(found[part] for part in PARTS) == 2 * 0.25
     # In float32, keys and values of 2: 16 bytes a token; the prefix of 2 once, then 3 and 8 tokens of each row.
     assert (found["decode_steps"], found["decode_kv_bytes"]) == (2, 16 * ((2 + 2 * 3) + (2 + 2 * 8)))
-    assert (engine.forward, engine.head, engine.draw) == own
+    assert vars(engine.decoder) == own
 
 
 def test_the_middle_round_is_a_whole_round():

@@ -242,10 +242,10 @@ def test_the_cache_has_the_size_that_was_asked_for(tmp_path):
     roomy = Engine.of(student, slots=3, context=100)
     assert len(roomy.pool.holders) * roomy.pool.page == 304  # 3 x 100, in pages of 16
     small = Engine.of(student, slots=3, context=100, gib=160 * token_bytes / 2**30)
-    assert small.pool.keys.nbytes + small.pool.values.nbytes == 160 * token_bytes
+    assert small.pool.keys.nbytes + small.pool.values.nbytes == 160 * token_bytes  # one page of them is the spare one
     assert small.describe().endswith("up to 3 rollouts at once, 1 of them at full length")
     with pytest.raises(UserError, match="room for 99 tokens, but one rollout may need 100; raise --cache-gib"):
-        Engine.of(student, slots=3, context=100, gib=99.5 * token_bytes / 2**30)
+        Engine.of(student, slots=3, context=100, gib=115.5 * token_bytes / 2**30)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -282,7 +282,8 @@ def random_schedule(seed: int) -> None:
     slots, page, context = choose.randint(1, 5), choose.randint(1, 7), 24
     tokens = choose.randint(context, slots * context + page)
     model = Scripted({p: choose.choice([0, 0, 5, EOS]) for p in range(context)})
-    e = engine(model, slots=slots, page=page, context=context, tokens=tokens, chunk=choose.choice([3, 8, 2048]))
+    how = dict(chunk=choose.choice([3, 8, 2048]), burst=choose.choice([1, 1, 2, 5]))
+    e = engine(model, slots=slots, page=page, context=context, tokens=tokens, **how)
     prompts = [[choose.choice((1, 2)) for _ in range(choose.randint(1, 14))] for _ in range(3)]
     prompts.append(prompts[0] + [3] * 2)
     coming = [(choose.choice(prompts), choose.randint(1, 8)) for _ in range(choose.randint(1, 10))]

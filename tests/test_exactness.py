@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from lite_mentor.decode import Decoder
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.rollout import noise
 from lite_mentor.student import load_student
@@ -32,6 +33,13 @@ def plain_logits(student, ids: list[int]) -> torch.Tensor:
         logits = student.base(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float()
     student.base.set_attn_implementation("lite_mentor")
     return logits
+
+
+def twin_on(device: str, student):
+    """The same student on another device."""
+    twin = load_student("tiny", quant="none", dtype="fp32", lora_rank=4, lora_alpha=8, device=device)
+    twin.load_adapter_state({name: t.to(device) for name, t in student.adapter_state().items()})
+    return twin
 
 
 def prompts(student) -> list[list[int]]:
@@ -116,6 +124,71 @@ def test_sequences_that_had_to_give_their_pages_back_draw_the_same(student, page
     assert tight.evictions > 0
     tight.weights_changed()
     assert len(tight.pool.free) == len(tight.pool.holders)
+
+
+def test_the_kernels_draw_the_same(student, kernel_device):
+    one = until_end(student)
+    on_device = student if kernel_device == "cpu" else twin_on(kernel_device, student)
+    for s, other in zip(one, until_end(on_device, backend="triton", burst=4), strict=True):
+        assert s.ids == other.ids
+        assert s.logp == pytest.approx(other.logp, abs=2e-5)
+
+
+class Replay:
+    """Stands in for a CUDA graph where there is none: plays the step again on the buffers that it was recorded with."""
+
+    def __init__(self, decoder, buffers, sampling):
+        decoder._step(buffers, sampling)  # recording runs it
+        self.replay = lambda: decoder._step(buffers, sampling)
+
+
+def until_end(student, sampling=None, graphs=False, **options) -> list:
+    """Two turns of every prompt; a third of the vocabulary ends a turn."""
+    engine = Engine.of(student, slots=8, context=64, page=4, graphs=graphs, **options)
+    engine.eos_ids = frozenset(range(0, student.head_weight_VH.shape[0], 3))
+    engine.sampling = sampling or Sampling()
+    sequences = [engine.submit(p, noise(0, 0, str(i), 0, 16)) for i, p in enumerate(prompts(student))]
+    resumed = set()
+    while engine.busy:
+        for s in engine.step():
+            if s.ended and s.room > len(RESULT) and id(s) not in resumed:
+                resumed.add(id(s))
+                engine.resume(s, RESULT)
+            else:
+                engine.release(s)
+    engine.weights_changed()
+    assert len(engine.pool.free) == len(engine.pool.holders)
+    return sequences
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0), Sampling(0.7, top_k=40, top_p=0.9)], ids=str)
+@pytest.mark.parametrize("options", [dict(burst=2), dict(burst=5), dict(burst=16), dict(burst=8, tokens=64)], ids=str)
+def test_steps_without_the_host_change_nothing(student, sampling, options):
+    one = until_end(student, sampling)
+    assert any(s.ended for s in one)
+    assert len({len(s.ids) - s.prompt_length for s in one}) > 2
+    for s, other in zip(one, until_end(student, sampling, **options), strict=True):
+        assert (s.ids, s.sampled, s.turn_start) == (other.ids, other.sampled, other.turn_start)
+        assert s.logp == pytest.approx(other.logp, abs=2e-5)
+
+
+@pytest.mark.parametrize("burst", [1, 5])
+def test_recorded_steps_change_nothing(student, monkeypatch, burst):
+    """Batches of 1 to 6 rows, filled up to 1, 2, 4 and 8, and tables filled up to the longest."""
+    monkeypatch.setattr(Decoder, "_record", lambda self, *what: Replay(self, *what))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    for s, other in zip(until_end(student), until_end(student, graphs=True, burst=burst), strict=True):
+        assert s.ids == other.ids
+        assert s.logp == pytest.approx(other.logp, abs=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("burst", [1, 5])
+def test_cuda_graphs_change_nothing(student, burst):
+    student = twin_on("cuda", student)
+    for s, other in zip(until_end(student), until_end(student, graphs=True, burst=burst), strict=True):
+        assert s.ids == other.ids
+        assert s.logp == pytest.approx(other.logp, abs=2e-5)
 
 
 def test_equal_prompts_draw_their_own_noise(student):

@@ -11,11 +11,11 @@ ROOT = Path(__file__).parent.parent
 FREE = {"types", "config", "errors"}  # importable from everywhere; they import nothing but each other
 ORDER = [
     "calculators", "tools", "python_tool", "tasks", "isolation", "worker", "sandbox", "judge", "prompt",
-    "assets", "attention", "tiny", "student", "paging", "engine", "rollout", "teacher", "teach", "reward",
+    "assets", "attention", "tiny", "student", "paging", "decode", "engine", "rollout", "teacher", "teach", "reward",
     "batch", "loss", "optim", "sft", "checkpoint", "statistics", "evaluate", "display", "log", "charts", "page",
     "report", "fit", "run",
 ]  # fmt: skip
-MAY_IMPORT_KERNELS = {"loss", "reward", "student", "engine"}
+MAY_IMPORT_KERNELS = {"loss", "reward", "student", "paging", "decode"}
 
 
 def room_of(path: Path) -> str:

@@ -5,6 +5,7 @@
     policy_loss          logprobs -> GRPO-family loss, importance correction, KL, entropy bonus, metrics
     linear_policy_loss   all of these in one, with one sweep over the vocabulary for the gradient
     sample               logits -> a token of each row by inverse CDF, and its logprob
+    paged_attention      one query token a row, keys and values in pages -> what it attends to
     group_advantage      tool sets and answers -> composite reward and group-relative advantage
 
 `backend` is "torch", "triton" or None (the best one for the device). Start reading at kernels/README.md.
@@ -16,6 +17,7 @@ from mentor_kernels.group_advantage import STANDARD_TERMS, AdvantageOut, RewardC
 from mentor_kernels.linear_kl import linear_kl
 from mentor_kernels.linear_logprob import LogprobOut, linear_logprob
 from mentor_kernels.linear_policy_loss import linear_policy_loss
+from mentor_kernels.paged_attention import PagedRows, paged_attention
 from mentor_kernels.policy_loss import Normaliser, PolicyLossConfig, PolicyLossOut, policy_loss
 from mentor_kernels.sample import SampleOut, sample
 
@@ -24,6 +26,7 @@ __all__ = [
     "AdvantageOut",
     "LogprobOut",
     "Normaliser",
+    "PagedRows",
     "PolicyLossConfig",
     "PolicyLossOut",
     "RewardConfig",
@@ -32,6 +35,7 @@ __all__ = [
     "linear_kl",
     "linear_logprob",
     "linear_policy_loss",
+    "paged_attention",
     "policy_loss",
     "sample",
 ]

@@ -31,8 +31,9 @@ from triton.compiler import ASTSource
 from mentor_kernels.backend import interpreted
 
 # The package's attributes of these names are the operators.
-HEAD, POLICY, ADVANTAGE, SAMPLE = (
-    sys.modules[f"mentor_kernels.{name}"] for name in ("linear_logprob", "policy_loss", "group_advantage", "sample")
+HEAD, POLICY, ADVANTAGE, SAMPLE, PAGED = (
+    sys.modules[f"mentor_kernels.{name}"]
+    for name in ("linear_logprob", "policy_loss", "group_advantage", "sample", "paged_attention")
 )
 
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
@@ -227,6 +228,26 @@ def sampling(dtype: str, greedy: bool) -> Variant:
     return Variant(name, kernel, launch, types, constants, aligned=("V", "stride"))
 
 
+def attention(dtype: str, width: int) -> Variant:
+    """Attention over pages, heads of `width`."""
+    kernel, launch = PAGED._attend_split, PAGED.ATTEND[BYTES[dtype]]
+    pointers = dict.fromkeys(("query_ptr", "keys_ptr", "values_ptr"), "*" + dtype)
+    indices = dict.fromkeys(("tables_ptr", "shared_ptr", "end_ptr"), "*i64")
+    types, _ = _arguments(kernel, {**pointers, **indices, "scaling": "fp32"})
+    constants = dict(PAGE=16, SPLIT=PAGED.SPLIT, START=HEAD.START, BARRED=HEAD.BARRED, BLOCK_Q=16, BLOCK_D=width)
+    aligned = ("D", "query_stride", "query_head_stride")
+    return Variant(f"attention {dtype} {width}", kernel, launch, types, {**constants, **launch.blocks},
+                   dtype != "fp32", aligned=aligned)  # fmt: skip
+
+
+def attention_merge(dtype: str, width: int) -> Variant:
+    """The second launch of the attention over pages."""
+    kernel, launch = PAGED._merge_splits, PAGED.MERGE
+    types, _ = _arguments(kernel, {"out_ptr": "*" + dtype})
+    constants = dict(START=HEAD.START, BLOCK_D=width, **launch.blocks)
+    return Variant(f"attention merge {dtype} {width}", kernel, launch, types, constants, aligned=("D",))
+
+
 def _marks(**flags: bool) -> list[str]:
     return [name for name, on in flags.items() if on]
 
@@ -254,6 +275,7 @@ def variants() -> list[Variant]:
         ),
         *(whole_step(own) for own in booleans),
         *(sampling(dtype, greedy) for dtype in BYTES for greedy in booleans),
+        *(make(dtype, width) for make in (attention, attention_merge) for dtype in BYTES for width in (64, 128, 256)),
     ]
 
 
