@@ -1,10 +1,11 @@
 """The operators against what people use instead, through one contract, side by side in one run.
 
-    python -m bench kernels [--shapes smollm2 qwen3-0.6b] [--rows 2048] [--peers all] [--out DIR]
+    python -m bench kernels [--shapes smollm2 qwen3-0.6b] [--rows 2048] [--peers all] [--choose] [--out DIR]
 
 The loss head: every candidate gets the same hidden states, head, targets and upstream gradient, which differs from row
 to row (peers.py). The policy loss and the advantages: vectors.py. A result that is wrong against float64 is listed as
-wrong and not timed. On a CPU the torch backend runs, and no Triton time is printed.
+wrong and not timed. On a CPU the torch backend runs, and no Triton time is printed. On CUDA both run, and in bf16 the
+last line is what they say for HEAD_BACKENDS in mentor_kernels/backend.py; --choose leaves everything else out.
 
 The floor is one GEMM of the head for `score` and two for a gradient, or the bytes that must move, at the rates that a
 plain GEMM and a large copy reach in the same run. Memory is what a call adds to what was there: allocated on CUDA,
@@ -17,6 +18,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Literal
 
 import torch
@@ -35,6 +37,9 @@ SHAPES = {
     "tiny": (64, 1_000),
 }
 """Hidden size and vocabulary."""
+TRITON, TORCH = "ours, triton", "ours, torch"
+ENOUGH = 0.8
+"""Of cuBLAS's speed: with it Triton is chosen, for less memory and, in `linear_policy_loss`, fewer GEMMs."""
 Mode = Literal["score", "train", "bonus"]
 Operator = Literal["head", "policy", "advantage"]
 
@@ -54,6 +59,8 @@ class Options:
     """Other libraries, by name; all or none. torch's own ways are always there."""
     repeats: int = 7
     """Turns of each candidate; the median counts."""
+    choose: bool = False
+    """Only the two backends of the head on this GPU: which one should be its default?"""
     device: str = "auto"
     out: Path | None = None
     """Folder for kernels.json and kernels.md, written anew after each table."""
@@ -137,10 +144,14 @@ class Report:
 
     def add(self, title: str, baseline: str, found: list[dict], **labels: str | int) -> None:
         self.results += [{**labels, **row} for row in found]
-        self.text.append(f"\n{title}\n\n{table(found, baseline)}")
-        print(self.text[-1], flush=True)
+        self.say(f"\n{title}\n\n{table(found, baseline)}")
         if self.out:
             (self.out / "kernels.json").write_text(json.dumps({**self.about, "results": self.results}, indent=1))
+
+    def say(self, text: str) -> None:
+        self.text.append(text)
+        print(text, flush=True)
+        if self.out:
             (self.out / "kernels.md").write_text("\n".join(self.text) + "\n")
 
 
@@ -152,7 +163,14 @@ def main(argv: list[str]) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.repeats < 1 or min(options.rows) < 1:
         raise UserError("--repeats and --rows must be 1 or more.")
-    found, versions = candidates(device, options.peers)
+    if options.choose and not device.startswith("cuda"):
+        raise UserError("--choose needs a GPU: elsewhere the head has the torch backend alone, so drop the flag.")
+    if options.choose and options.dtype != "bf16":
+        raise UserError(f"--choose is about bf16, which HEAD_BACKENDS is for; drop --dtype {options.dtype}.")
+    found, versions = candidates(device, ("none",) if options.choose else options.peers)
+    operators = options.operators
+    if options.choose:
+        found, operators = {name: found[name] for name in (TRITON, TORCH)}, ("head",)
     report = Report(
         {
             "command": " ".join(["python -m bench kernels", *argv]),
@@ -163,13 +181,15 @@ def main(argv: list[str]) -> None:
         },
         options.out,
     )
-    small = [name for name in vectors.BENCHES if name in options.operators]
+    small = [name for name in vectors.BENCHES if name in operators]
     rate = copy_rate(device, options.repeats) if small else 0.0
     for name in small:
         rows = vectors.BENCHES[name](device, options.repeats, rate)
         report.add(vectors.TITLES[name], "plain torch", rows, operator=name)
-    if "head" in options.operators:
+    if "head" in operators:
         head(options, found, device, report)
+        if TRITON in found and options.dtype == "bf16":
+            report.say("\n" + choice(report.results, torch.cuda.get_device_capability(device), report.about))
 
 
 def head(options: Options, found: dict[str, Candidate], device: str, report: Report) -> None:
@@ -181,7 +201,27 @@ def head(options: Options, found: dict[str, Candidate], device: str, report: Rep
             inputs = make_inputs(count, hidden, vocabulary, dtype, device)
             for mode in options.modes:
                 report.add(
-                    f"{shape} (H = {hidden}, V = {vocabulary}), {count} rows, {options.dtype}, {mode}", "all logits",
+                    f"{shape} (H = {hidden}, V = {vocabulary}), {count} rows, {options.dtype}, {mode}",
+                    TORCH if options.choose else "all logits",
                     measure(inputs, mode, found, device, options.repeats),
                     operator="head", shape=shape, rows=count, dtype=options.dtype, mode=mode,
                 )  # fmt: skip
+
+
+def choice(results: list[dict], capability: tuple[int, int], about: dict) -> str:
+    """The line for HEAD_BACKENDS: the card, its backend, and Triton's speed over cuBLAS's (geometric mean, range).
+
+    A backend that failed or was wrong in any table is not chosen; UserError if that holds for both.
+    """
+    ours = {name: [row for row in results if row["candidate"] == name] for name in (TRITON, TORCH)}
+    broken = {name: row["problem"] for name, rows in ours.items() for row in rows if "problem" in row}
+    reason = "; ".join(f"{name}: {problem}" for name, problem in broken.items())
+    if len(broken) == 2:
+        raise UserError(f"No backend of the head passed on this GPU: {reason}.")
+    chosen = "torch" if TRITON in broken else "triton"
+    if not broken:
+        speed = [by_torch["seconds"] / by_triton["seconds"] for by_triton, by_torch in zip(*ours.values(), strict=True)]
+        mean = geometric_mean(speed)
+        chosen = "triton" if mean >= ENOUGH else "torch"
+        reason = f"Triton at {mean:.2f} of cuBLAS ({min(speed):.2f} to {max(speed):.2f} in {len(speed)} tables)"
+    return f'    {capability}: "{chosen}",  # {reason}; {about["device"]}, {about["date"]}, {about["commit"]}'

@@ -10,6 +10,8 @@ import torch
 # Several test processes on a small machine would otherwise wait on each other's threads; what they start, too.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Where memory is poisoned, torch insists on deterministic algorithms; cuBLAS has them with this.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Before anything imports the kernels: their decorator reads it.
 if not torch.cuda.is_available():

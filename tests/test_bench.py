@@ -15,6 +15,7 @@ from bench import all as everything
 from bench import kernels, peers
 from bench.__main__ import main as bench_main
 from bench.keep_rate import keep_rate
+from lite_mentor.errors import UserError
 from tests.test_train import SHORT
 
 
@@ -67,6 +68,69 @@ def test_the_kernels_bench_times_what_is_right_and_lists_what_is_not(tmp_path, c
         assert rows["ours, torch"]["seconds"] > 0
         assert rows["ours, torch"]["error"] < (1e-4 if mode == "score" else 4e-3) < rows["all logits"]["error"]
     assert rows["F.linear_cross_entropy"]["problem"] == "gives no entropy"
+
+
+def timed(by_triton: list[float | str], by_torch: list[float | str]) -> list[dict]:
+    """Rows of the head's tables: seconds, or a problem."""
+    return [
+        {"candidate": name, **({"problem": found} if isinstance(found, str) else {"seconds": found})}
+        for name, column in (("ours, triton", by_triton), ("all logits", by_triton), ("ours, torch", by_torch))
+        for found in column
+    ]
+
+
+@pytest.mark.parametrize(
+    ("by_triton", "by_torch", "chosen"),
+    [
+        ([1.0, 4.0], [2.0, 2.0], '"triton",  # Triton at 1.00 of cuBLAS (0.50 to 2.00 in 2 tables)'),
+        ([1.0, 1.0], [0.8, 0.8], '"triton",  # Triton at 0.80 of cuBLAS (0.80 to 0.80 in 2 tables)'),
+        ([1.0, 1.0], [0.5, 0.9], '"torch",  # Triton at 0.67 of cuBLAS (0.50 to 0.90 in 2 tables)'),
+        ([9.0, 9.0], [1.0, "wrong, so not timed"], '"triton",  # ours, torch: wrong, so not timed'),
+        ([1.0, "failed: OutOfMemoryError"], [9.0, 9.0], '"torch",  # ours, triton: failed: OutOfMemoryError'),
+    ],
+)
+def test_the_choice_of_a_backend(by_triton, by_torch, chosen):
+    about = {"device": "cuda: A Card", "date": "2026-01-02", "commit": "abc1234", "more": 1}
+    line = kernels.choice(timed(by_triton, by_torch), (9, 0), about)
+    assert line == f"    (9, 0): {chosen}; cuda: A Card, 2026-01-02, abc1234"
+
+
+def test_no_backend_that_passed_is_no_choice():
+    with pytest.raises(UserError, match=r"No backend .*: ours, triton: late; ours, torch: wrong\."):
+        kernels.choice(timed([1.0, "late"], ["wrong", 1.0]), (9, 0), {})
+
+
+def test_choose_measures_our_two_backends_and_ends_with_the_line(tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def measure(inputs, mode, found, device, repeats):
+        seen.append((mode, list(found), device))
+        rows = [{"candidate": name, "seconds": s} for name, s in zip(found, (1.0, 0.5), strict=True)]
+        return [{**row, "error": 0.0, "bytes": 0, "fastest": 0.4, "slowest": 1.1, "of_floor": 0.5} for row in rows]
+
+    monkeypatch.setattr(kernels, "measure", measure)
+    monkeypatch.setattr(kernels, "make_inputs", lambda *_: None)
+    monkeypatch.setattr(
+        kernels, "machine", lambda device: {"device": f"{device}: A Card", "date": "now", "commit": "c"}
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    flags = ["kernels", "--device", "cuda", "--shapes", "tiny", "--out", str(tmp_path)]
+    assert bench_main([*flags, "--choose"]) == 0
+    assert seen == [(mode, ["ours, triton", "ours, torch"], "cuda") for mode in ("score", "train", "bonus")]
+    line = '    (8, 6): "torch",  # Triton at 0.50 of cuBLAS (0.50 to 0.50 in 3 tables); cuda: A Card, now, c'
+    printed = capsys.readouterr().out
+    assert printed.rstrip("\n").splitlines()[-1] == line
+    assert "| ours, triton | 1000 (400 to 1100) | 2.00 |" in printed
+    assert (tmp_path / "kernels.md").read_text().rstrip("\n").splitlines()[-1] == line
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [(["--device", "cpu"], "--choose needs a GPU"), (["--device", "cuda", "--dtype", "fp32"], "drop --dtype fp32")],
+)
+def test_where_there_is_nothing_to_choose(flags, match, capsys):
+    assert bench_main(["kernels", "--choose", *flags]) == 2
+    assert match in capsys.readouterr().err
 
 
 def test_a_wrong_candidate_and_one_that_breaks_are_named_and_not_timed():

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import check_head, exact_head, head_case, head_cases
 from mentor_kernels import linear_logprob
-from mentor_kernels.linear_logprob import TILE_COLUMNS, TILE_ROWS, _forward_torch, _linear_logprob
+from mentor_kernels.linear_logprob import TILINGS, Tiling, _forward_torch, _linear_logprob
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MODULE = sys.modules["mentor_kernels.linear_logprob"]
+TILE_ROWS, TILE_COLUMNS, _ = TILINGS["cpu"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CASES = [(dtype, i) for dtype in DTYPES for i in range(len(head_cases(dtype)))]
 
@@ -219,8 +220,7 @@ def test_wrong_calls(name):
 def test_any_shape_and_any_tiling(N, H, V, rows, columns, size, seed):
     case = head_case("", torch.float64, N=max(N, 3), H=H, V=V, size=size, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE, "TILE_ROWS", rows)
-        patch.setattr(MODULE, "TILE_COLUMNS", columns)
+        patch.setitem(TILINGS, "cpu", Tiling(rows, columns, ()))
         out = linear_logprob(case.hidden_NH.requires_grad_(), case.weight_VH, case.targets_N)
         mixed = (out.logprob_N * case.grad_logprob_N + out.entropy_N * case.grad_entropy_N).sum()
         (found,) = torch.autograd.grad(mixed, case.hidden_NH)

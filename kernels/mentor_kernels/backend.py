@@ -7,6 +7,11 @@ import triton
 
 _INTERPRETED = triton.knobs.runtime.interpret
 
+# What the operators of the loss head take on CUDA, by compute capability; "triton" where nothing stands. A line comes
+# from `python -m bench kernels --choose`, and is "torch" (cuBLAS) where Triton was measured to reach less than 80 % of
+# its speed. None yet: nothing was measured on a GPU.
+HEAD_BACKENDS: dict[tuple[int, int], str] = {}
+
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:
     """`backend`, or when it is None the default for `device`: "triton" on CUDA, "torch" elsewhere.
@@ -23,6 +28,14 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
             "to run its kernels on the CPU, slowly, set TRITON_INTERPRET=1 before mentor_kernels is imported"
         )
     return backend
+
+
+def resolve_head_backend(backend: str | None, device: torch.device) -> str:
+    """`resolve_backend` for linear_logprob, linear_kl, linear_policy_loss: on CUDA, HEAD_BACKENDS has the default."""
+    if backend is None and device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)  # torch.compile knows it for a constant
+        return HEAD_BACKENDS.get((card.major, card.minor), "triton")
+    return resolve_backend(backend, device)
 
 
 def interpreted() -> bool:

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import torch
 
-from mentor_kernels.backend import resolve_backend
+from mentor_kernels.backend import resolve_head_backend
 from mentor_kernels.linear_logprob import (
     START,
     Head,
+    accumulate,
+    balanced,
     check_head,
     check_triton,
     chunks,
@@ -30,6 +32,7 @@ from mentor_kernels.linear_logprob import (
     gradient_chunk,
     logits,
     new_rows,
+    operand,
     rows_last_contiguous,
     score_chunk,
     tiles,
@@ -48,10 +51,11 @@ def _forward_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(kl_N, d kl / d hidden [N, H], or [0, H] without `jacobian`)."""
     N, H = hidden_NH.shape
-    hidden_NH, ref_hidden_NH = hidden_NH.to(wide_dtype(hidden_NH.dtype)), ref_hidden_NH.to(wide_dtype(hidden_NH.dtype))
-    m_N, s_N, a_N, ref_m_N, ref_s_N = hidden_NH.new_tensor([START, 0, 0, START, 0])[:, None].repeat(1, N)
-    plain_NH, by_d_NH = (hidden_NH.new_zeros(N if jacobian else 0, H) for _ in range(2))
-    for rows, weight_CH, _ in tiles(hidden_NH, weight_VH):
+    hidden_NH, ref_hidden_NH, wide = operand(hidden_NH), operand(ref_hidden_NH), wide_dtype(hidden_NH.dtype)
+    m_N, s_N, a_N, ref_m_N, ref_s_N = hidden_NH.new_tensor([START, 0, 0, START, 0], dtype=wide)[:, None].repeat(1, N)
+    plain_N, by_d_N, centre_N = hidden_NH.new_zeros(3, N, dtype=wide)
+    plain_NH, by_d_NH = (hidden_NH.new_zeros(N if jacobian else 0, H, dtype=wide) for _ in range(2))
+    for rows, weight_CH, first in tiles(hidden_NH, weight_VH):
         z_RC, slope_RC = logits(hidden_NH[rows], weight_CH, temperature, softcap, scale)
         ref_z_RC, _ = logits(ref_hidden_NH[rows], weight_CH, temperature, softcap, scale)
         ref_m_R = torch.maximum(ref_m_N[rows], ref_z_RC.amax(1))
@@ -69,14 +73,22 @@ def _forward_torch(
         if jacobian:
             if slope_RC is not None:
                 e_RC.mul_(slope_RC)
-            plain_NH[rows] = (plain_NH[rows] * shrink_R[:, None]).addmm_(e_RC, weight_CH)
-            by_d_NH[rows] = (by_d_NH[rows] * shrink_R[:, None]).addmm_(e_RC.mul_(d_RC), weight_CH)
+            if weight_CH.dtype is not wide:
+                # An offset that all d share has no part in the gradient, but would in what e d is rounded to.
+                if first == 0:
+                    centre_N[rows] = d_RC.mean(1)
+                d_RC.sub_(centre_N[rows, None])
+            accumulate(plain_NH[rows], plain_N[rows], e_RC, weight_CH, shrink_R)
+            accumulate(by_d_NH[rows], by_d_N[rows], e_RC.mul_(d_RC), weight_CH, shrink_R)
 
     g_N = (m_N - ref_m_N) + (s_N.log() - ref_s_N.log())
     kl_N = a_N / s_N - g_N
     if jacobian:
+        level_N = g_N + kl_N - centre_N
+        if balanced(hidden_NH, softcap):
+            level_N = by_d_N / plain_N  # the same, but for what rounding did to the sums
         factor_N = scale / temperature / s_N
-        by_d_NH.sub_(plain_NH.mul_((g_N + kl_N)[:, None])).mul_(factor_N[:, None])
+        by_d_NH.sub_(plain_NH.mul_(level_N[:, None])).mul_(factor_N[:, None])
     return kl_N, by_d_NH
 
 
@@ -172,7 +184,7 @@ def linear_kl(
     for hidden in (hidden_NH, ref_hidden_NH):
         targets_N = torch.empty(hidden_NH.shape[:1], dtype=torch.int64, device=hidden_NH.device)
         check_head(hidden, weight_VH, targets_N, temperature, softcap)
-    backend = resolve_backend(backend, hidden_NH.device)
+    backend = resolve_head_backend(backend, hidden_NH.device)
     if backend == "triton":
         check_triton(hidden_NH)
     kl_N, _ = _linear_kl(

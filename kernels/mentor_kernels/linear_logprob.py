@@ -27,10 +27,11 @@ needs H first. It is recomputed in the backward, and only when something upstrea
 
 Bytes and FLOPs, in units of one GEMM of the head (2 N H V FLOPs): score 1, score and J 2, an entropy bonus 2 more; the
 plain way (logits, log_softmax, autograd, frozen head) takes 2 and holds two or three float32 [N, V], 200 KB a row and
-copy at V = 49,152. The torch backend holds TILE_ROWS x TILE_COLUMNS logits; the vocabulary is its outer loop, so the
-head is read, and converted to float32, once a sweep. The Triton backend keeps logits in registers and stores, for a
-chunk of rows, e = exp(z - m) in the head's dtype: WORKSPACE_BYTES, or 512 rows where those take more (twice that with a
-reference, linear_kl.py), and 4 bytes of traffic a logit.
+copy at V = 49,152. The torch backend holds one tile of logits (TILINGS); the vocabulary is its outer loop, so the head
+is read, and widened to float32, once a sweep. On CUDA it gives bf16 to cuBLAS as it is, for float32 sums, and rounds e
+for the second GEMM as K3 does. The Triton backend keeps logits in registers and stores, for a chunk of rows,
+e = exp(z - m) in the head's dtype: WORKSPACE_BYTES, or 512 rows where those take more (twice that with a reference,
+linear_kl.py), and 4 bytes of traffic a logit.
 
 The Triton kernels, in the order of the data:
 
@@ -53,10 +54,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from mentor_kernels.backend import interpreted, resolve_backend
+from mentor_kernels.backend import interpreted, resolve_head_backend
 
-TILE_ROWS = 512
-TILE_COLUMNS = 4096
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # A column that must not count. Finite, so that 0 * (z - m) is 0; far below START, so that exp(BARRED - START) is 0.
@@ -75,7 +74,25 @@ class LogprobOut(NamedTuple):
     entropy_N: torch.Tensor
 
 
-# --- the torch backend: the readable reference, and the path that CPUs run -----------------------------------------
+# --- the torch backend: the readable reference, the path that CPUs run, and cuBLAS on CUDA -------------------------
+
+
+class Tiling(NamedTuple):
+    """The logits that the torch backend holds at once, and how their matmuls are fed."""
+
+    rows: int
+    columns: int
+    narrow: tuple[torch.dtype, ...]
+    """Dtypes that matmuls take as they are; all others are widened to float32."""
+
+
+# A CPU's 8 MB of float32 logits stay in its cache. cuBLAS wants large products, and every operation on a tile is a
+# launch: 64 MB. float16 is widened there too, for probabilities below 6e-8 would be 0 in it. Not measured on a GPU yet.
+TILINGS = {"cpu": Tiling(512, 4096, ()), "cuda": Tiling(1024, 16_384, (torch.bfloat16,))}
+
+
+def tiling(device: torch.device) -> Tiling:
+    return TILINGS.get(device.type, TILINGS["cpu"])
 
 
 @contextmanager
@@ -99,23 +116,62 @@ def float32_sums(hidden_NH: torch.Tensor) -> Iterator[None]:
 
 
 def tiles(hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, int]]:
-    """(rows, float32 tile of the head, its first column) for every tile of logits, columns outermost."""
-    wide = wide_dtype(hidden_NH.dtype)
-    for first in range(0, weight_VH.shape[0], TILE_COLUMNS):
-        weight_CH = weight_VH[first : first + TILE_COLUMNS].to(wide)
-        for row in range(0, hidden_NH.shape[0], TILE_ROWS):
-            yield slice(row, row + TILE_ROWS), weight_CH, first
+    """(rows, tile of the head in the dtype of `hidden_NH`, its first column) of all logits, columns outermost."""
+    size = tiling(hidden_NH.device)
+    for first in range(0, weight_VH.shape[0], size.columns):
+        weight_CH = weight_VH[first : first + size.columns].to(hidden_NH.dtype)
+        for row in range(0, hidden_NH.shape[0], size.rows):
+            yield slice(row, row + size.rows), weight_CH, first
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def operand(hidden_NH: torch.Tensor) -> torch.Tensor:
+    """The hidden states in the dtype that matmuls take here."""
+    dtype = hidden_NH.dtype
+    return hidden_NH if dtype in tiling(hidden_NH.device).narrow else hidden_NH.to(wide_dtype(dtype))
+
+
+def product(left: torch.Tensor, right: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+    """left @ right, added in place to `onto` if given; sums of narrow operands are float32 too."""
+    if left.dtype is wide_dtype(left.dtype):
+        return left @ right if onto is None else onto.addmm_(left, right)
+    found = torch.mm(left, right, out_dtype=torch.float32)
+    return found if onto is None else onto.add_(found)
+
+
+def accumulate(
+    sum_RH: torch.Tensor,
+    rounded_R: torch.Tensor,
+    factor_RC: torch.Tensor,
+    weight_CH: torch.Tensor,
+    shrink_R: torch.Tensor | None = None,
+) -> None:
+    """sum_RH <- shrink sum_RH + factor_RC @ weight_CH, in place.
+
+    The factors are rounded to the head's dtype if that is narrow; rounded_R then sums them as they were rounded.
+    """
+    rounded_RC = factor_RC.to(weight_CH.dtype)
+    if shrink_R is not None:
+        sum_RH.mul_(shrink_R[:, None])
+        rounded_R.mul_(shrink_R)
+    if rounded_RC is not factor_RC:
+        rounded_R.add_(rounded_RC.sum(1, dtype=torch.float32))
+    product(rounded_RC, weight_CH, onto=sum_RH)
+
+
+def balanced(hidden_NH: torch.Tensor, softcap: float | None) -> bool:
+    """Are the rounded coefficients of a row made to sum to 0? For K3's reason; a softcap's own do not."""
+    return softcap is None and hidden_NH.dtype is not wide_dtype(hidden_NH.dtype)
+
+
 def logits(
     hidden_RH: torch.Tensor, weight_CH: torch.Tensor, temperature: float, softcap: float | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """z of one tile, and the slope k of the softcap (None without one)."""
-    z_RC = hidden_RH @ weight_CH.T
+    z_RC = product(hidden_RH, weight_CH.T)
     if softcap is None:
         return (z_RC if scale == temperature else z_RC.mul_(scale / temperature)), None
     tanh_RC = z_RC.mul_(scale / softcap).tanh_()
@@ -136,10 +192,10 @@ def _forward_torch(
     The statistics do not depend on `jacobian`, which only decides whether the last output has rows.
     """
     N, H = hidden_NH.shape
-    hidden_NH = hidden_NH.to(wide_dtype(hidden_NH.dtype))
-    m_N, s_N, a_N, target_z_N = hidden_NH.new_tensor([START, 0.0, 0.0, BARRED])[:, None].repeat(1, N)
-    target_slope_N = hidden_NH.new_ones(N)
-    sum_NH = hidden_NH.new_zeros(N if jacobian else 0, H)
+    hidden_NH, wide = operand(hidden_NH), wide_dtype(hidden_NH.dtype)
+    start = [START, 0.0, 0.0, BARRED, 0.0, 1.0]
+    m_N, s_N, a_N, target_z_N, rounded_N, target_slope_N = hidden_NH.new_tensor(start, dtype=wide)[:, None].repeat(1, N)
+    sum_NH = hidden_NH.new_zeros(N if jacobian else 0, H, dtype=wide)
     for rows, weight_CH, first in tiles(hidden_NH, weight_VH):
         z_RC, slope_RC = logits(hidden_NH[rows], weight_CH, temperature, softcap, scale)
         column_R1 = (targets_N[rows] - first)[:, None]
@@ -163,13 +219,15 @@ def _forward_torch(
                     inside_R1, slope_RC.gather(1, column_R1), target_slope_N[rows][:, None]
                 )[:, 0]
                 e_RC.mul_(slope_RC)
-            sum_NH[rows] = (sum_NH[rows] * shrink_R[:, None]).addmm_(e_RC, weight_CH)
+            accumulate(sum_NH[rows], rounded_N[rows], e_RC, weight_CH, shrink_R)
 
     logprob_N, entropy_N, shift_2N = _finish_rows(m_N, s_N, a_N, target_z_N)
     if jacobian:
         others_N = -torch.exp(m_N - shift_2N[0] - shift_2N[1])
         own_N = -torch.expm1(logprob_N) * target_slope_N
-        target_NH = weight_VH[targets_N].to(hidden_NH.dtype)
+        if balanced(hidden_NH, softcap):
+            others_N = -own_N / rounded_N.clamp(min=1)  # less than 1 only where there are no others
+        target_NH = weight_VH[targets_N].to(wide)
         sum_NH.mul_(others_N[:, None]).addcmul_(own_N[:, None], target_NH).mul_(scale / temperature)
     return logprob_N, entropy_N, shift_2N, sum_NH
 
@@ -192,15 +250,17 @@ def _entropy_backward_torch(
     grad_entropy_N: torch.Tensor,
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
     entropy_N: torch.Tensor,
     shift_2N: torch.Tensor,
+    jacobian_NH: torch.Tensor,
     temperature: float,
     softcap: float | None,
     scale: float,
 ) -> torch.Tensor:
-    """grad_entropy_N times d entropy / d hidden, in float32."""
-    hidden_NH = hidden_NH.to(wide_dtype(hidden_NH.dtype))
-    grad_NH = torch.zeros_like(hidden_NH)
+    """grad_entropy_N times d entropy / d hidden, in float32; jacobian_NH is the forward's."""
+    hidden_NH = operand(hidden_NH)
+    grad_NH, rounded_N = torch.zeros_like(hidden_NH, dtype=entropy_N.dtype), torch.zeros_like(entropy_N)
     for rows, weight_CH, _ in tiles(hidden_NH, weight_VH):
         z_RC, slope_RC = logits(hidden_NH[rows], weight_CH, temperature, softcap, scale)
         log_p_RC = z_RC.sub_(shift_2N[0, rows, None]).sub_(shift_2N[1, rows, None])
@@ -208,8 +268,13 @@ def _entropy_backward_torch(
         p_RC.mul_(log_p_RC.add_(entropy_N[rows, None]))
         if slope_RC is not None:
             p_RC.mul_(slope_RC)
-        grad_NH[rows].addmm_(p_RC, weight_CH)
-    return grad_NH.mul_((-scale / temperature * grad_entropy_N)[:, None])
+        accumulate(grad_NH[rows], rounded_N[rows], p_RC, weight_CH)
+    by_N = -scale / temperature * grad_entropy_N
+    if not balanced(hidden_NH, softcap):
+        return grad_NH.mul_(by_N[:, None])
+    # The sum of all coefficients, a rounding error, is taken off in the shares p: sum_v p_v W_v = W_y - T / scale J.
+    grad_NH.addcmul_(rounded_N[:, None], weight_VH[targets_N].to(grad_NH.dtype), value=-1)
+    return grad_NH.mul_(by_N[:, None]).addcmul_((-rounded_N * grad_entropy_N)[:, None], jacobian_NH)
 
 
 # --- the Triton backend --------------------------------------------------------------------------------------------
@@ -758,6 +823,7 @@ def _entropy_backward(
     targets_N: torch.Tensor,
     entropy_N: torch.Tensor,
     shift_2N: torch.Tensor,
+    jacobian_NH: torch.Tensor,
     temperature: float,
     softcap: float | None,
     scale: float,
@@ -771,12 +837,14 @@ def _entropy_backward(
             )  # fmt: skip
     with float32_sums(hidden_NH):
         return _entropy_backward_torch(
-            grad_entropy_N, hidden_NH, weight_VH, entropy_N, shift_2N, temperature, softcap, scale
-        )
+            grad_entropy_N, hidden_NH, weight_VH, targets_N, entropy_N, shift_2N, jacobian_NH, temperature, softcap,
+            scale,
+        )  # fmt: skip
 
 
 @_entropy_backward.register_fake
-def _(grad_entropy_N, hidden_NH, weight_VH, targets_N, entropy_N, shift_2N, temperature, softcap, scale, backend):
+def _(grad_entropy_N, hidden_NH, *rest):
+    backend = rest[-1]
     dtype = hidden_NH.dtype if backend == "triton" else wide_dtype(hidden_NH.dtype)
     return hidden_NH.new_empty(hidden_NH.shape, dtype=dtype)
 
@@ -796,8 +864,8 @@ def _backward(ctx, grad_logprob_N, grad_entropy_N, _shift, _jacobian):
         grad_NH = grad_logprob_N[:, None] * jacobian_NH
     if grad_entropy_N is not None:
         entropy_NH = _entropy_backward(
-            grad_entropy_N, hidden_NH, weight_VH, targets_N, entropy_N, shift_2N, ctx.temperature, ctx.softcap,
-            ctx.scale, ctx.backend,
+            grad_entropy_N, hidden_NH, weight_VH, targets_N, entropy_N, shift_2N, jacobian_NH, ctx.temperature,
+            ctx.softcap, ctx.scale, ctx.backend,
         )  # fmt: skip
         grad_NH = entropy_NH if grad_NH is None else grad_NH + entropy_NH
     if grad_NH is not None:
@@ -829,12 +897,12 @@ def linear_logprob(
     Differentiable in hidden_NH through both outputs; the head is frozen and never gets a gradient. Under no_grad, or
     when hidden_NH needs no gradient, only the score is computed, with bitwise the same result for the same rows.
 
-    Raises ValueError for a target outside [0, V) (on a GPU such a row gives NaN instead: to look would stop the CPU
-    until the GPU has caught up), for shapes, dtypes or devices that do not agree, for a temperature or softcap that is
-    not positive, and for an unknown backend.
+    Raises ValueError for a target outside [0, V) (from Triton on a GPU such a row gives NaN instead: to look would stop
+    the CPU until the GPU has caught up), for shapes, dtypes or devices that do not agree, for a temperature or softcap
+    that is not positive, and for an unknown backend.
     """
     check_head(hidden_NH, weight_VH, targets_N, temperature, softcap)
-    backend = resolve_backend(backend, hidden_NH.device)
+    backend = resolve_head_backend(backend, hidden_NH.device)
     if backend == "triton":
         check_triton(hidden_NH)
     logprob_N, entropy_N, _, _ = _linear_logprob(

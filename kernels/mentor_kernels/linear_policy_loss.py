@@ -23,7 +23,7 @@ from dataclasses import astuple, replace
 
 import torch
 
-from mentor_kernels.backend import resolve_backend
+from mentor_kernels.backend import resolve_head_backend
 from mentor_kernels.linear_kl import linear_kl
 from mentor_kernels.linear_logprob import (
     Head,
@@ -212,7 +212,7 @@ def linear_policy_loss(
     whole_sequences = config.loss == "gspo" or (
         config.tis_level == "sequence" and config.tis_cap is not None and behaviour_logp_N is not None
     )
-    if resolve_backend(backend, hidden_NH.device) == "torch" or whole_sequences:
+    if resolve_head_backend(backend, hidden_NH.device) == "torch" or whole_sequences:
         logprob_N, entropy_N = linear_logprob(hidden_NH, weight_VH, targets_N, **head)
         kl_N = linear_kl(hidden_NH, ref_hidden_NH, weight_VH, **head) if exact and ref_hidden_NH is not None else None
         return policy_loss(
