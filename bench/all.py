@@ -54,13 +54,16 @@ def plan(out: Path, *, cuda: bool, small: bool) -> list[Part]:
         sizes = ["--shapes", "tiny", "--rows", "64", "--repeats", "2"]
         short = ["--sft-steps", "3", "--prompts-per-step", "4", "--group-size", "4", "--train-size", "120"]
     parts = [
-        Part("kernels", (python, "-m", "bench", "kernels", *sizes, "--out", str(out / "kernels")), 190),
-        Part("step", (python, "-m", "bench", "step", "--preset", "tiny", "--steps", "3", *short), 90),
+        Part("kernels", (python, "-m", "bench", "kernels", *sizes, "--out", str(out / "kernels")), 160),
+        Part("step", (python, "-m", "bench", "step", "--preset", "tiny", "--steps", "3", *short), 60),
     ]
-    if not small:
-        dtype = "bf16" if cuda else "fp32"
-        parts.append(Part("rollout", (python, "-m", "bench", "rollout", "--dtype", dtype), 60))
+    rollout = (python, "-m", "bench", "rollout")
+    if not small and not cuda:
+        parts.append(Part("rollout", rollout, 90))
     if cuda:
+        if not small:
+            large = (*rollout, "--student", "qwen3-0.6b", "--dtype", "bf16", "--rounds", "1", "--batches", "8", "64")
+            parts += [Part("rollout", large, 60), Part("rollout-graphs", (*large, "--graphs"), 60)]
         tests = Part("gpu-tests", (python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"), 150)
         parts = [tests, *parts, Part("caps", (python, "train.py", "--check", "--preset", "8gb"), 45)]
     return parts

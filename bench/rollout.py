@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
@@ -26,15 +28,24 @@ from bench.step import machine
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.rollout import noise
 from lite_mentor.student import Student, load_student
+from lite_mentor.tiny import tiny_student
 
+SHAPES = {
+    "qwen3-0.6b": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28),
+    "qwen3-1.7b": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28),
+}
+"""Students with random weights, for machines that reach no hub: speed does not depend on the weights."""
+QWEN3 = dict(
+    architecture="qwen3", vocab_size=151_936, num_attention_heads=16, num_key_value_heads=8, head_dim=128, tied=True,
+    dtype="bfloat16",
+)  # fmt: skip
 PARTS = ("prefill", "decode", "sampling", "tools")
 
 
 def main(argv: list[str]) -> None:
     """For each batch: measure, print a Markdown table, and one JSON line under it."""
     options = parse(argv)
-    student = load_student(options.student, quant="none", dtype=options.dtype, device=options.device)
-    student.refresh_rollout_weights()
+    student = open_student(options)
     rate = copy_rate(options.device, options.rounds + 2)
     about = {"command": "python -m bench rollout " + " ".join(argv), **machine(options.device), "copy_rate": rate}
     for batch in options.batches or [options.prompts * options.group]:
@@ -45,11 +56,20 @@ def main(argv: list[str]) -> None:
         print(json.dumps({**about, **found}), flush=True)
 
 
+def open_student(options: argparse.Namespace) -> Student:
+    """The one that is named, or of a named shape."""
+    how = dict(quant="none", dtype=options.dtype, device=options.device, rollout_weights=options.weights)
+    if options.student not in SHAPES:
+        return load_student(options.student, **how)
+    with tempfile.TemporaryDirectory() as folder:
+        return load_student(str(tiny_student(Path(folder), **QWEN3, **SHAPES[options.student])), **how)
+
+
 def measure(student: Student, options: argparse.Namespace, rate: float) -> dict:
     """One batch, all ways; `rate` is what the machine copies in bytes a second, read and written."""
     model = student.rollout_model  # the very weights that the engine samples from
     prompts, results = texts(options, student.head_weight_VH.shape[0])
-    engine = Engine.of(student, slots=len(prompts), context=length(options))
+    engine = Engine.of(student, slots=len(prompts), context=length(options), graphs=options.graphs)
     engine.eos_ids, engine.sampling = frozenset(), Sampling()
     ways = {
         "engine": lambda: by_engine(engine, prompts, results, options),
@@ -87,9 +107,11 @@ def weight_bytes(student: Student) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags; unknown ones end the program with a usage line."""
     parser = argparse.ArgumentParser(prog="python -m bench rollout")
-    parser.add_argument("--student", default="smollm2-135m")
+    parser.add_argument("--student", default="smollm2-135m", help=f"as train.py takes it, or {', '.join(SHAPES)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--graphs", action="store_true", help="decode from CUDA graphs")
+    parser.add_argument("--weights", default="merged", choices=["merged", "unmerged"], help="what is sampled from")
     sizes = dict(prompts=4, group=4, turns=2, prompt=256, new=24, result=16, rounds=3)
     notes = dict(turns="tool turns before the last one", new="tokens sampled in a turn", result="tokens injected")
     for name, default in sizes.items():
@@ -102,6 +124,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="sequences at once, one measurement each; not prompts * group",
     )
     options = parser.parse_args(argv)
+    if options.graphs and not options.device.startswith("cuda"):
+        parser.error("--graphs needs a GPU")
     if min([*options.batches, *(getattr(options, name) for name in sizes if name != "turns")]) < 1 or options.turns < 0:
         parser.error("sizes and batches are at least 1, --turns at least 0")
     return options

@@ -37,7 +37,7 @@ NEUTRAL = frozenset(
     }
 )
 """Fields that decide nothing of what is learned."""
-ROUNDING = frozenset({"steps", "backend", "gradient_checkpointing"})
+ROUNDING = frozenset({"steps", "backend", "gradient_checkpointing", "rollout_weights", "cuda_graphs"})
 """Fields that change where a run ends or how its numbers are rounded, but not what it computes."""
 
 Preset = Literal["quick", "tiny", "paper", "modern", "8gb", "12gb", "16gb", "24gb"]
@@ -74,6 +74,11 @@ class Config:
     """Rank of the adapters on every linear layer but the head."""
     lora_alpha: int = 32
     """Adapter scale is lora_alpha / lora_rank."""
+    rollout_weights: Literal["auto", "merged", "unmerged"] = "auto"
+    """Sample from a dense copy with the adapters merged in, or from base and adapters: slower, without the copy's
+    memory. auto is merged where the copy takes less than a third of the GPU's free memory."""
+    cuda_graphs: bool = False
+    """Play the decoding steps from CUDA graphs, one launch a step. Not yet run on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
 

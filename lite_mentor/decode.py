@@ -50,6 +50,7 @@ class Buffers:
 class Decoder:
     """The model and its sampler; runs steps of rows that have one new token each. With `graphs`, from CUDA graphs.
 
+    A graph must not know how long the shared prefix is, so only Triton's attention, which asks each row, is recorded.
     `width` is the most pages a row may have; `forward`, `head` and `backend` are as the engine gets them.
     """
 

@@ -143,10 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = _config(options)
         student = load_student(
             config.student, quant=config.quant, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
-            device=config.device, dtype=config.dtype,
+            device=config.device, dtype=config.dtype, rollout_weights=config.rollout_weights,
         )  # fmt: skip
         context = config.max_prompt_tokens + config.max_new_tokens
-        engine = Engine.of(student, slots=64, context=context, gib=config.cache_gib, backend=config.kernel_backend)
+        engine = Engine.of(
+            student, slots=64, context=context, gib=config.cache_gib, backend=config.kernel_backend,
+            graphs=config.cuda_graphs and config.device != "cpu",
+        )  # fmt: skip
         with open_sandbox(options.sandbox) as sandbox:
             if sandbox.way == "limits only":
                 print(sandbox.note, file=sys.stderr)

@@ -36,6 +36,10 @@ def check_backend(config: Config) -> None:
             "--backend triton needs a GPU; on a CPU its kernels run only in Triton's interpreter, slowly and in "
             "float32: set TRITON_INTERPRET=1 and give --dtype fp32, or use --backend torch."
         )
+    if config.cuda_graphs and config.device == "cpu":
+        raise UserError("--cuda-graphs needs a GPU; leave it out on a CPU.")
+    if config.cuda_graphs and config.backend == "torch":
+        raise UserError("--cuda-graphs records Triton's attention; leave it out, or --backend torch.")
 
 
 def logprobs(

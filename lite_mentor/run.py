@@ -185,14 +185,16 @@ def prepare(config: Config) -> Iterator[Run]:
             dtype=config.dtype,
             seed=config.seed,
             gradient_checkpointing=config.gradient_checkpointing,
+            rollout_weights=config.rollout_weights,
         )
         log.note(student.describe())
         if device != "cpu" or config.check:  # before the cache takes what the update leaves
             log.note(prove_fit(student, config))
         context = config.max_prompt_tokens + config.max_new_tokens
         engine = Engine.of(
-            student, slots=slots(config), context=context, gib=config.cache_gib, backend=config.kernel_backend
-        )
+            student, slots=slots(config), context=context, gib=config.cache_gib, backend=config.kernel_backend,
+            graphs=config.cuda_graphs,
+        )  # fmt: skip
         log.note(engine.describe())
         sandbox = stack.enter_context(open_sandbox(config.sandbox))
         log.note(sandbox.note)

@@ -5,7 +5,8 @@
     rollout_hidden(...)   a dense twin: dequant(base) + scaling B A, rounded once     what is sampled
 
 The base is never written to. The twin is computed afresh from the frozen base and the float32 adapters after every
-update, never un-merged, so nothing accumulates and rollouts cannot drift.
+update, never un-merged, so nothing accumulates and rollouts cannot drift. Where the twin does not fit, base and
+adapters themselves are sampled from ("unmerged"): nothing to refresh, but three products a layer instead of one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import math
 import tempfile
 import time
 import warnings
@@ -47,7 +49,10 @@ class Student:
     `softcap` and `logit_scale` how the head's products become logits: softcap(logit_scale * hidden @ head.T).
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer, *, name: str, source: str, lora: LoraConfig):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer, *, name: str, source: str, lora: LoraConfig,
+        rollout_weights: str = "auto",
+    ):  # fmt: skip
         self.tokenizer, self.name, self.source = tokenizer, name, source
         self.config, self.dtype, self.device = model.config.get_text_config(), model.dtype, model.device
         self.softcap, self.logit_scale = _logit_shape(self.config)
@@ -64,7 +69,8 @@ class Student:
         if isinstance(self.base.get_output_embeddings(), LoraLayer):
             raise UserError("The student's head has an adapter; the fused loss needs a frozen head, so leave it out.")
         self._adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self._rollout = RolloutWeights(self.base)
+        merged = rollout_weights == "merged" or (rollout_weights == "auto" and twin_fits(self.base))
+        self._rollout = RolloutWeights(self.base, merged=merged)
         self.refresh_rollout_weights()
 
     @property
@@ -172,38 +178,42 @@ class Student:
 
     def describe(self) -> str:
         """One line: the student, where it came from, and what is trained."""
-        total = sum(p.numel() for p in self._rollout.model.parameters()) / 1e6
+        total = parameters(self.base) / 1e6
         trained = sum(p.numel() for p in self._adapter.values()) / 1e6
         lora, base = self.model.peft_config["default"], "NF4" if self.quantised else "unquantised"
+        sampled = "" if self._rollout.layers else "; rollouts through the adapters, without merged weights"
         return (
             f"{self.name} ({self.source}): {total:.1f} M parameters, {base}, {str(self.dtype)[6:]} on {self.device}; "
-            f"training {trained:.2f} M in adapters of rank {lora.r}"
+            f"training {trained:.2f} M in adapters of rank {lora.r}{sampled}"
         )
 
 
 class RolloutWeights:
-    """A dense twin of the base: its adapted layers have weights of their own, all other tensors are the base's."""
+    """What is sampled from: a dense twin of the base if `merged`, else the base with its adapters.
 
-    def __init__(self, base: PreTrainedModel):
-        tensors = [*base.parameters(), *base.buffers()]
-        self.model = copy.deepcopy(base, {id(t): t for t in tensors}).eval()
-        self.layers: list[tuple[LoraLayer, torch.Tensor]] = []
-        for name, layer in base.named_modules():
-            if isinstance(layer, LoraLayer):
-                if not isinstance(layer.get_base_layer(), nn.Linear):
-                    kind = type(layer.get_base_layer()).__name__
-                    raise UserError(
-                        f"The student has a layer ({name}) of type {kind}, which is not supported; use another."
-                    )
-                twin = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-                weight = torch.empty(layer.out_features, layer.in_features, dtype=base.dtype, device=base.device)
-                twin.weight = nn.Parameter(weight, requires_grad=False)
-                twin.bias = layer.get_base_layer().bias
-                self.model.set_submodule(name, twin)
-                self.layers.append((layer, weight))
+    The twin's adapted layers have weights of their own; all its other tensors are the base's.
+    """
+
+    def __init__(self, base: PreTrainedModel, *, merged: bool):
+        self.model, self.layers = base, []
+        if merged:
+            tensors = [*base.parameters(), *base.buffers()]
+            self.model = copy.deepcopy(base, {id(t): t for t in tensors}).eval()
+            for name, layer in adapted_layers(base):
+                self._replace(name, layer)
         head_VH = base.get_output_embeddings().weight.detach()
         # No CPU product of bf16 matrices gives float32, so there the head is kept in float32 as well.
         self.head_VH = head_VH.float() if head_VH.device.type == "cpu" else head_VH
+
+    def _replace(self, name: str, layer: LoraLayer) -> None:
+        twin = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight = torch.empty(
+            layer.out_features, layer.in_features, dtype=self.model.dtype, device=self.model.device
+        )  # fmt: skip
+        twin.weight = nn.Parameter(weight, requires_grad=False)
+        twin.bias = layer.get_base_layer().bias
+        self.model.set_submodule(name, twin)
+        self.layers.append((layer, weight))
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -229,6 +239,33 @@ class RolloutWeights:
             matmul.fp32_precision = before
 
 
+def adapted_layers(base: PreTrainedModel) -> list[tuple[str, LoraLayer]]:
+    """The layers with adapters, by name. Raises UserError for one that is not linear."""
+    found = [(name, layer) for name, layer in base.named_modules() if isinstance(layer, LoraLayer)]
+    for name, layer in found:
+        if not isinstance(layer.get_base_layer(), nn.Linear):
+            kind = type(layer.get_base_layer()).__name__
+            raise UserError(f"The student has a layer ({name}) of type {kind}, which is not supported; use another.")
+    return found
+
+
+def twin_fits(base: PreTrainedModel) -> bool:
+    """Do merged weights take less than a third of the GPU's free memory? The update and the cache need the rest."""
+    if base.device.type != "cuda":
+        return True
+    entries = sum(layer.in_features * layer.out_features for _, layer in adapted_layers(base))
+    return entries * base.dtype.itemsize < torch.cuda.mem_get_info(base.device)[0] / 3
+
+
+def parameters(base: PreTrainedModel) -> int:
+    """Of the model without adapters; four-bit weights count as what they stand for."""
+    total = 0
+    for name, p in base.named_parameters():
+        state = getattr(p, "quant_state", None)
+        total += 0 if "lora_" in name else p.numel() if state is None else math.prod(state.shape)
+    return total
+
+
 def _dequantised(linear: nn.Module) -> torch.Tensor:
     state = getattr(linear.weight, "quant_state", None)
     if state is None:
@@ -248,6 +285,7 @@ def load_student(
     dtype: str = "auto",
     seed: int = 0,
     gradient_checkpointing: bool = False,
+    rollout_weights: str = "auto",
 ) -> Student:
     """The student that `name` means (a folder, a hub id, `smollm2-135m` or `tiny`), with fresh adapters from `seed`.
 
@@ -271,7 +309,7 @@ def load_student(
     lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        student = Student(model, tokenizer, name=name, source=source, lora=lora)
+        student = Student(model, tokenizer, name=name, source=source, lora=lora, rollout_weights=rollout_weights)
     _prove(student)
     return student
 

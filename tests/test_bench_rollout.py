@@ -57,6 +57,22 @@ def test_one_measurement_for_each_batch(capsys, monkeypatch):
     assert [(r["prompts"], r["group"]) for r in rows] == [(1, 1), (2, 2), (7, 1)]
 
 
+def test_a_shape_is_a_student_with_random_weights(monkeypatch):
+    monkeypatch.setitem(rollout.SHAPES, "small", dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2))
+    monkeypatch.setitem(rollout.QWEN3, "vocab_size", 400)
+    options = rollout.parse(["--student", "small", "--device", "cpu", "--dtype", "fp32", "--weights", "unmerged"])
+    student = rollout.open_student(options)
+    assert student.head_weight_VH.shape == (400, 64)
+    assert student.config.model_type == "qwen3"
+    assert student.rollout_model is student.base
+
+
+def test_graphs_need_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        main([*TINY.split(), "--graphs"])
+    assert "--graphs needs a GPU" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [["--batches", "0"], ["--new", "0"], ["--turns", "-1"], ["--rounds", "0"]])
 def test_sizes_that_measure_nothing_are_refused(flags, capsys):
     with pytest.raises(SystemExit):

@@ -143,11 +143,11 @@ class Replay:
 
 
 def until_end(student, sampling=None, graphs=False, **options) -> list:
-    """Two turns of every prompt; a third of the vocabulary ends a turn."""
+    """Two turns of every prompt but the last, so that all share a prefix; a third of the vocabulary ends a turn."""
     engine = Engine.of(student, slots=8, context=64, page=4, graphs=graphs, **options)
     engine.eos_ids = frozenset(range(0, student.head_weight_VH.shape[0], 3))
     engine.sampling = sampling or Sampling()
-    sequences = [engine.submit(p, noise(0, 0, str(i), 0, 16)) for i, p in enumerate(prompts(student))]
+    sequences = [engine.submit(p, noise(0, 0, str(i), 0, 16)) for i, p in enumerate(prompts(student)[:5])]
     resumed = set()
     while engine.busy:
         for s in engine.step():
@@ -172,12 +172,15 @@ def test_steps_without_the_host_change_nothing(student, sampling, options):
         assert s.logp == pytest.approx(other.logp, abs=2e-5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU records real graphs")
 @pytest.mark.parametrize("burst", [1, 5])
 def test_recorded_steps_change_nothing(student, monkeypatch, burst):
-    """Batches of 1 to 6 rows, filled up to 1, 2, 4 and 8, and tables filled up to the longest."""
+    """Batches of 1 to 5 rows, filled up to 1, 2, 4 and 8, and tables filled up to the longest."""
     monkeypatch.setattr(Decoder, "_record", lambda self, *what: Replay(self, *what))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    for s, other in zip(until_end(student), until_end(student, graphs=True, burst=burst), strict=True):
+    for s, other in zip(
+        until_end(student), until_end(student, graphs=True, burst=burst, backend="triton"), strict=True
+    ):
         assert s.ids == other.ids
         assert s.logp == pytest.approx(other.logp, abs=2e-5)
 

@@ -134,6 +134,10 @@ def test_the_fullest_row_is_full_and_shares_nothing(student):
 def test_kernels_that_cannot_run_are_refused():
     with pytest.raises(UserError, match="--backend triton needs a GPU"):
         check_backend(dataclasses.replace(CONFIG, backend="triton", dtype="bf16"))
+    with pytest.raises(UserError, match="--cuda-graphs needs a GPU"):
+        check_backend(dataclasses.replace(CONFIG, cuda_graphs=True))
+    with pytest.raises(UserError, match="--cuda-graphs records Triton's attention"):
+        check_backend(dataclasses.replace(CONFIG, cuda_graphs=True, device="cuda", backend="torch"))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])

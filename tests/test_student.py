@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lite_mentor.attention import PackedPlan
+from lite_mentor.engine import Engine
 from lite_mentor.errors import UserError
 from lite_mentor.prompt import Chat
-from lite_mentor.student import compute_dtype, load_student
+from lite_mentor.rollout import noise
+from lite_mentor.student import compute_dtype, load_student, twin_fits
 from lite_mentor.tasks.tiny import generate
 from lite_mentor.tiny import tiny_student, tiny_tokenizer
 
@@ -167,6 +169,42 @@ def test_what_is_sampled_is_what_is_trained(quant, dtype, atol):
     torch.testing.assert_close(sampled, trained, atol=atol, rtol=0)
     want = trained.double() @ student.head_weight_VH.double().T
     torch.testing.assert_close(student.rollout_logits(sampled).double(), want, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("quant", "dtype"), KINDS)
+def test_without_merged_weights_the_policy_itself_is_sampled(quant, dtype):
+    student = tiny(quant, dtype, rollout_weights="unmerged")
+    train(student)  # nothing to refresh
+    with torch.inference_mode():
+        sampled = hidden(student, student.rollout_hidden)
+    assert torch.equal(sampled, hidden(student))
+    assert student.rollout_model is student.base
+    assert student.describe().endswith("rollouts through the adapters, without merged weights")
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_merged_and_unmerged_weights_draw_the_same_tokens(quant):
+    drawn = []
+    for kind in ("merged", "unmerged"):
+        student = tiny(quant, rollout_weights=kind)
+        train(student)
+        student.refresh_rollout_weights()
+        engine = Engine.of(student, slots=4, context=40)
+        sequences = [engine.submit([1 + i, 2, 3], noise(0, 0, "", i, 30)) for i in range(4)]
+        while engine.busy:
+            engine.step()
+        drawn.append([s.ids for s in sequences])
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(("free", "merged"), [(4_500_000, True), (4_300_000, False)])
+def test_weights_are_merged_where_the_copy_takes_less_than_a_third(monkeypatch, free, merged):
+    """3 layers of 128 x 896 and 3 of 128 x 384 numbers, 4 bytes each."""
+    base = tiny().base
+    assert twin_fits(base)
+    monkeypatch.setattr(type(base), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
+    assert twin_fits(base) is merged
 
 
 def test_only_adapted_weights_are_copied():
