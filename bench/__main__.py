@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from bench import agreement, arms, attacks, fuzz, keep_rate, kernels, rollout, soak, step
 from bench import all as everything
-from bench import arms, attacks, fuzz, keep_rate, kernels, rollout, soak, step
 from lite_mentor.errors import UserError
 
 COMMANDS = {
+    "agreement": agreement.main,
     "all": everything.main,
     "arms": arms.main,
     "attacks": attacks.main,

@@ -212,4 +212,4 @@ def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path):
 
 def test_an_unknown_bench_says_how_to_use_it(capsys):
     assert bench_main(["nope"]) == 2
-    assert "usage: python -m bench {all,arms,attacks," in capsys.readouterr().err
+    assert "usage: python -m bench {agreement,all,arms,attacks," in capsys.readouterr().err

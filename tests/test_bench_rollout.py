@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 
-from bench import rollout
+from bench import agreement, rollout
+from bench.__main__ import main as bench_main
 from bench.rollout import PARTS, main, weight_bytes
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.student import load_student
@@ -127,3 +128,18 @@ def test_the_split_is_of_the_whole(monkeypatch):
 def test_the_middle_round_is_a_whole_round():
     rounds = [{"total": t, "decode": d} for t, d in ((4.0, 1.0), (1.0, 0.5), (3.0, 2.5), (9.0, 0.1))]
     assert rollout.middle_of(rounds, 6) == {"total": 3.0, "decode": 2.5, "tokens_per_s": 2.0}
+
+
+def test_the_agreement_of_a_float32_student_and_of_one_that_samples_old_weights(capsys):
+    assert bench_main(["agreement", "--student", "tiny", "--task", "tiny", "--dtype", "fp32", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    row = json.loads(lines[-1])
+    assert (row["equal"], row["tokens before a difference"], row["tokens"]) == (16, 16 * 64, 16 * 64)
+    assert row["logprob, together and alone, max"] < 1e-4
+    assert 0 < row["logprob, sampler and trainer, mean"] < row["logprob, sampler and trainer, max"] < 1e-4
+    student = load_student("tiny", quant="none", dtype="fp32")
+    for parameter in student.trainable():
+        parameter.data.add_(0.05)
+    old = agreement.compare(student, agreement.Options(task="tiny", sequences=2, new=8, device="cpu"))
+    assert old["equal"] == 2
+    assert old["logprob, sampler and trainer, max"] > 0.01
