@@ -19,8 +19,9 @@ When every row has one new token, `burst` steps run without the host: the token 
 input where it is, on the GPU, and the tokens of all of them are fetched by one copy (decode.py). What a sequence draws
 behind its end of turn is thrown away.
 
-Sampling is counter-based: the caller gives each sequence its own row of uniforms, and the token at position t
-is the inverse-CDF of uniform t. Batch order, batch size and scheduling cannot change what a sequence draws.
+The caller gives each sequence its own row of uniforms; uniform t names the noise with which token t is drawn. Who
+decodes beside a sequence cannot change its noise, only the last bits of its logits, and such a change seldom changes
+the token (mentor_kernels/sample.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sampling: both backends against the float64 CDF on every trap, what a row's bits depend on, and garbage."""
+"""Sampling: both backends against a float64 race on every trap, what a row's bits depend on, and garbage."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mentor_kernels import sample
-from mentor_kernels.sample import BLOCK, TORCH_BLOCK, SampleOut, _inverse_cdf, _sample
-from sample_checks import SampleCase, check_sample, sample_cases, uniforms
+from mentor_kernels.sample import BLOCK, SampleOut, _sample, _seeds, noise
+from sample_checks import SampleCase, check_sample, exponentials, sample_cases, uniforms
 
 MODULE = sys.modules["mentor_kernels.sample"]
 triton_sample = partial(sample, backend="triton")
@@ -75,14 +75,17 @@ def test_a_row_without_a_distribution_spoils_itself_alone(draw, columns, tempera
     token_B, logprob_B = draw(logits, [0.985] * 6, temperature=temperature)
     assert token_B[:4].tolist() == [0] * 4
     assert logprob_B[:4].isnan().all()
-    want = 0 if temperature == 0 else int(0.985 * columns)
+    lots = exponentials(torch.tensor([0.985], dtype=torch.float64), columns)  # equal logits: the smallest wins
+    want = 0 if temperature == 0 else int(lots.argmin())
     assert token_B[4:].tolist() == [want] * 2
     assert logprob_B[4:].tolist() == pytest.approx([-math.log(columns)] * 2, abs=1e-5)
 
 
 def test_uniforms_outside_count_as_the_nearest_inside(draw):
     logits = torch.zeros(4, 300)
-    assert draw(logits, [-0.5, 1.0, 7.0, math.inf]).token_B.tolist() == [0, 299, 299, 299]
+    inside = draw(logits, [0.0, *[1 - 2**-53] * 3]).token_B
+    assert inside[0] != inside[1]
+    assert torch.equal(draw(logits, [-0.5, 1.0, 7.0, math.inf]).token_B, inside)
 
 
 def test_no_rows(draw):
@@ -96,7 +99,7 @@ def test_no_rows(draw):
 @pytest.mark.parametrize("i", range(len(NAMES)), ids=NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_torch_against_float64(dtype, i):
-    cases = sample_cases(dtype, TORCH_BLOCK * 3 // 2)
+    cases = sample_cases(dtype, 384)
     if i < len(cases):
         check_sample(torch_sample, cases[i])
 
@@ -126,18 +129,22 @@ def test_any_row_against_float64(kernel_device, seed, columns, size, temperature
     off = torch.rand(6, columns, generator=make) < share
     off[:, torch.randint(columns, (1,), generator=make)] = False
     logits[off] = -math.inf
-    case = SampleCase("random", logits, uniforms(logits, temperature, make), temperature)
+    case = SampleCase("random", logits, uniforms(6, make), temperature)
     check_sample(torch_sample, case)
     check_sample(triton_sample, case, kernel_device)
 
 
-def test_the_inverse_cdf_by_hand(draw):
+def test_the_race_by_hand(draw):
+    """Murmur3 of seed 2^31 and of 3 x 2^30, as plain integers: E as below; the smallest E / p wins."""
     logits = torch.log(torch.tensor([[0.5, 0.0, 0.3, 0.2]]))
-    draws = {0.0: 0, 0.49: 0, 0.51: 2, 0.79: 2, 0.81: 3, 1 - 1e-12: 3}
-    token_B, logprob_B = draw(logits.expand(6, -1), list(draws))
-    assert token_B.tolist() == list(draws.values())
-    want = [math.log([0.5, 0, 0.3, 0.2][token]) for token in draws.values()]
-    assert logprob_B.tolist() == pytest.approx(want, abs=1e-6)
+    assert noise(_seeds(torch.tensor([0.5, 0.75])), 4).tolist() == [
+        pytest.approx([0.5563511, 1.341573, 0.07363149, 0.04914405], rel=1e-5),
+        pytest.approx([0.6153646, 0.5678158, 0.6214983, 0.3805721], rel=1e-5),
+    ]
+    # 1.11, -, 0.245, 0.246 and 1.23, -, 2.07, 1.90
+    token_B, logprob_B = draw(logits.expand(2, -1), [0.5, 0.75])
+    assert token_B.tolist() == [2, 0]
+    assert logprob_B.tolist() == pytest.approx([math.log(0.3), math.log(0.5)], abs=1e-6)
 
 
 def test_temperature_and_truncation_change_the_reported_logprob(draw):
@@ -148,20 +155,55 @@ def test_temperature_and_truncation_change_the_reported_logprob(draw):
         token_B, logprob_B = draw(logits, [uniform], **options)
         return token_B.item(), pytest.approx(logprob_B.item(), abs=1e-6)
 
-    assert one(0.6, temperature=0.5) == (0, math.log(0.25 / sum(squares)))
-    assert one(0.6, top_k=2) == (0, math.log(0.5 / 0.8))
-    assert one(0.7, top_p=0.79) == (2, math.log(0.3 / 0.8))
-    assert one(0.73, temperature=0.5, top_k=2) == (0, math.log(0.25 / 0.34))
-    assert one(0.74, temperature=0.5, top_k=2) == (2, math.log(0.09 / 0.34))
-    assert one(0.6, temperature=0) == (0, math.log(0.5))
+    assert one(0.45) == (3, math.log(0.1))
+    assert one(0.65) == (2, math.log(0.3))
+    assert one(0.65, temperature=0.5) == (0, math.log(0.25 / sum(squares)))
+    assert one(0.45, top_k=2) == (0, math.log(0.5 / 0.8))
+    assert one(0.65, top_p=0.79) == (2, math.log(0.3 / 0.8))
+    assert one(0.65, temperature=0.5, top_k=2) == (0, math.log(0.25 / 0.34))
+    assert one(0.7, temperature=0.5, top_k=2) == (2, math.log(0.09 / 0.34))
+    assert one(0.65, temperature=0) == (0, math.log(0.5))
 
 
-def test_frequencies_follow_the_distribution(draw):
-    probabilities = torch.rand(1, 5, generator=torch.Generator().manual_seed(3)).softmax(-1)
-    uniform = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
-    token_B, _ = draw(probabilities.log().expand(100, -1), uniform)
-    counted = torch.bincount(token_B, minlength=5) / 100
-    assert torch.allclose(counted, probabilities[0], atol=0.011)
+@pytest.mark.parametrize("probabilities", [[0.5, 0.2, 0.2, 0.09, 0.0099, 0.0001], [0.001, 0.999], [0.25] * 4], ids=str)
+@pytest.mark.parametrize("grid", [False, True])
+def test_frequencies_follow_the_distribution(probabilities, grid):
+    """Within five standard deviations, for uniforms at random and for one after another."""
+    p, n = torch.tensor(probabilities, dtype=torch.float64), 200_000
+    uniform = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    uniform = (torch.arange(n) + 0.5) / n if grid else uniform
+    counted = torch.bincount(torch_sample(p.log().float().expand(n, -1), uniform).token_B, minlength=len(p))
+    assert ((counted - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt()).all()
+
+
+def test_the_noise_is_exponential_and_independent():
+    """64 rows of 20,000 tokens: quantiles, and correlations between neighbours, rows and distant tokens."""
+    noise_BV = noise(_seeds(torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(4))), 20_000)
+    values = noise_BV.flatten().double()
+    n = values.numel()
+    assert 0 < values.min() < 1e-5 < 12 < values.max() < 17
+    for q in (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999):
+        assert float((values < -math.log1p(-q)).double().mean()) == pytest.approx(q, abs=5 * math.sqrt(q * (1 - q) / n))
+    centred = noise_BV.double() - 1  # variance 1
+    for a, b in (
+        (centred[:, 1:], centred[:, :-1]),
+        (centred[1:], centred[:-1]),
+        (centred[:, 4096:], centred[:, :-4096]),
+    ):
+        assert float((a * b).mean()) == pytest.approx(0, abs=5 / math.sqrt(a.numel()))
+
+
+def test_a_small_change_of_the_logits_rarely_changes_the_token():
+    """About as often as the two distributions differ; an inverse CDF changes ten times as many here."""
+    make = torch.Generator().manual_seed(6)
+    logits = torch.randn(4000, 500, generator=make) * 2
+    other = logits + 0.02 * torch.randn(4000, 500, generator=make)
+    uniform = torch.rand(4000, generator=make, dtype=torch.float64)
+    changed = (torch_sample(logits, uniform).token_B != torch_sample(other, uniform).token_B).double().mean()
+    distance = 0.5 * (logits.softmax(-1) - other.softmax(-1)).abs().sum(-1).mean()
+    assert 0.5 * distance < changed < 2.5 * distance
+    by_cdf = [torch.searchsorted(x.double().softmax(-1).cumsum(-1), uniform[:, None])[:, 0] for x in (logits, other)]
+    assert (by_cdf[0] != by_cdf[1]).double().mean() > 5 * changed
 
 
 def test_a_confident_logprob_keeps_its_digits(kernel_device):
@@ -170,17 +212,6 @@ def test_a_confident_logprob_keeps_its_digits(kernel_device):
     _, logprob_B = triton_sample(logits, torch.full((3,), 0.5, device=kernel_device))
     for found, margin in zip(logprob_B.tolist(), (5, 10, 17.5), strict=True):
         assert found == pytest.approx(-math.log1p(math.exp(-margin)), rel=1e-4, abs=0)
-
-
-def test_a_draw_between_two_blocks_falls_on_a_token_that_can_be():
-    """cdf - mass is rounded up here, above the draw: inside its block the draw would be negative, and on a 0."""
-    a, p_BV = 2.0**-30 * (1 + 3 * 2.0**-23), torch.zeros(1, 2 * TORCH_BLOCK)
-    p_BV[0, 0], p_BV[0, TORCH_BLOCK + 1] = a, 1.0
-    total = a + 1.0
-    assert total - 1.0 > a
-    uniform = a / total * (1 + 2.0**-50)
-    assert a <= uniform * total < total - 1.0
-    assert _inverse_cdf(p_BV, torch.tensor([uniform], dtype=torch.float64)).item() == TORCH_BLOCK + 1
 
 
 # --- what the bits depend on ---------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_rollout_weights_never_drift_and_the_base_never_changes(quant, dtype):
     student = tiny(quant, dtype, lora_rank=4)
     before = base_bytes(student)
     buffers = [weight.data_ptr() for _, weight in student._rollout.layers]
-    for cycle in range(50):
+    for cycle in range(1000 if (quant, dtype) == ("nf4", "bf16") else 50):
         train(student, seed=cycle)
         student.refresh_rollout_weights()
     assert base_bytes(student).keys() == before.keys()
@@ -197,9 +197,9 @@ def test_merged_and_unmerged_weights_draw_the_same_tokens(quant):
     assert drawn[0] == drawn[1]
 
 
-@pytest.mark.parametrize(("free", "merged"), [(4_500_000, True), (4_300_000, False)])
+@pytest.mark.parametrize(("free", "merged"), [(8_850_000, True), (8_840_000, False)])
 def test_weights_are_merged_where_the_copy_takes_less_than_a_third(monkeypatch, free, merged):
-    """3 layers of 128 x 896 and 3 of 128 x 384 numbers, 4 bytes each."""
+    """3 layers of 128 x (256 + 128 + 128 + 256 + 3 x 384) numbers of 4 bytes: 2,949,120 in all."""
     base = tiny().base
     assert twin_fits(base)
     monkeypatch.setattr(type(base), "device", torch.device("cuda"))

@@ -4,64 +4,77 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sample_checks import check_sample, sample_cases
+from sample_checks import check_sample, exponentials, sample_cases
 
 
-def right(logits_BV, uniform_B, *, temperature, p_BV=None, side="right"):
-    """float64 throughout; `p_BV` in place of the probabilities that are drawn from."""
+def right(logits_BV, uniform_B, *, temperature, score_BV=None, noise_BV=None):
+    """float64 throughout; `score_BV` in place of the logprobs that race, `noise_BV` of the exponentials."""
     logp_BV = (logits_BV.double() / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         token_B1 = logp_BV.argmax(-1, keepdim=True)
     else:
-        cdf_BV = (logp_BV.exp() if p_BV is None else p_BV).cumsum(-1)
-        draw_B1 = uniform_B[:, None].to(cdf_BV.dtype) * cdf_BV[:, -1:]
-        token_B1 = torch.searchsorted(cdf_BV, draw_B1, right=side == "right").clamp(max=logits_BV.shape[1] - 1)
+        score_BV = logp_BV if score_BV is None else score_BV
+        noise_BV = exponentials(uniform_B, score_BV.shape[1]) if noise_BV is None else noise_BV
+        token_B1 = (score_BV - noise_BV.log()).argmax(-1, keepdim=True).clamp(max=logits_BV.shape[1] - 1)
     return token_B1[:, 0], logp_BV.gather(1, token_B1)[:, 0].float()
 
 
-def softmax(logits_BV, temperature):
-    return (logits_BV.double() / (temperature or 1.0)).softmax(-1)
+def logprobs(logits_BV, temperature):
+    return (logits_BV.double() / (temperature or 1.0)).log_softmax(-1)
 
 
 def missing_last_block(logits_BV, uniform_B, *, temperature):
-    p_BV = softmax(logits_BV, temperature)
-    whole = p_BV.shape[1] // 128 * 128 or p_BV.shape[1]
-    return right(logits_BV, uniform_B, temperature=temperature, p_BV=p_BV[:, :whole])
+    score_BV = logprobs(logits_BV, temperature)
+    whole = score_BV.shape[1] // 128 * 128 or score_BV.shape[1]
+    return right(logits_BV, uniform_B, temperature=temperature, score_BV=score_BV[:, :whole])
 
 
 def phantom_columns(logits_BV, uniform_B, *, temperature):
     padded_BV = torch.nn.functional.pad(logits_BV, (0, -logits_BV.shape[1] % 128))
-    return right(logits_BV, uniform_B, temperature=temperature, p_BV=softmax(padded_BV, temperature))
+    return right(logits_BV, uniform_B, temperature=temperature, score_BV=logprobs(padded_BV, temperature))
 
 
-def low_precision_cdf(logits_BV, uniform_B, *, temperature):
-    return right(logits_BV, uniform_B, temperature=temperature, p_BV=softmax(logits_BV, temperature).half().float())
+def low_precision_race(logits_BV, uniform_B, *, temperature):
+    score_BV = logprobs(logits_BV, temperature).bfloat16().double()
+    return right(logits_BV, uniform_B, temperature=temperature, score_BV=score_BV)
 
 
-def draws_in_float32(logits_BV, uniform_B, *, temperature):
-    """A uniform just under 1 is rounded to 1, and the last token drawn, whether it can be or not."""
-    return right(logits_BV, uniform_B, temperature=temperature, p_BV=softmax(logits_BV, temperature).float())
-
-
-def the_wrong_side_of_a_boundary(logits_BV, uniform_B, *, temperature):
-    return right(logits_BV, uniform_B, temperature=temperature, side="left")
+def inverse_cdf(logits_BV, uniform_B, *, temperature):
+    """Another way to draw from the same distribution, with other tokens."""
+    p_BV = logprobs(logits_BV, temperature).exp()
+    token_B1 = torch.searchsorted(p_BV.cumsum(-1), uniform_B[:, None]).clamp(max=p_BV.shape[1] - 1)
+    token_B, logp_B = right(logits_BV, uniform_B, temperature=temperature)
+    return (token_B, logp_B) if temperature == 0 else (token_B1[:, 0], p_BV.log().gather(1, token_B1)[:, 0].float())
 
 
 def off_by_one(logits_BV, uniform_B, *, temperature):
-    return right(logits_BV, uniform_B, temperature=temperature, p_BV=softmax(logits_BV, temperature).roll(1, 1))
+    noise_BV = exponentials(uniform_B, logits_BV.shape[1]).roll(1, 1)
+    return right(logits_BV, uniform_B, temperature=temperature, noise_BV=noise_BV)
 
 
-def from_the_other_end(logits_BV, uniform_B, *, temperature):
-    return right(logits_BV, 1 - uniform_B, temperature=temperature)
+def one_noise_for_all_rows(logits_BV, uniform_B, *, temperature):
+    noise_BV = exponentials(uniform_B[:1].expand_as(uniform_B), logits_BV.shape[1])
+    return right(logits_BV, uniform_B, temperature=temperature, noise_BV=noise_BV)
+
+
+def gumbel_with_the_wrong_sign(logits_BV, uniform_B, *, temperature):
+    noise_BV = 1 / exponentials(uniform_B, logits_BV.shape[1])
+    return right(logits_BV, uniform_B, temperature=temperature, noise_BV=noise_BV)
+
+
+def noise_from_the_other_end(logits_BV, uniform_B, *, temperature):
+    """-log(u) for -log(1 - u): small ones, which win, lose their digits."""
+    noise_BV = -torch.log(-torch.expm1(-exponentials(uniform_B, logits_BV.shape[1])))
+    return right(logits_BV, uniform_B, temperature=temperature, noise_BV=noise_BV)
 
 
 def logprob_without_temperature(logits_BV, uniform_B, *, temperature):
     token_B, _ = right(logits_BV, uniform_B, temperature=temperature)
-    return token_B, softmax(logits_BV, 1.0).log().gather(1, token_B[:, None])[:, 0].float()
+    return token_B, logprobs(logits_BV, 1.0).gather(1, token_B[:, None])[:, 0].float()
 
 
 def draw_without_temperature(logits_BV, uniform_B, *, temperature):
-    return right(logits_BV, uniform_B, temperature=temperature, p_BV=softmax(logits_BV, 1.0))
+    return right(logits_BV, uniform_B, temperature=temperature, score_BV=logprobs(logits_BV, 1.0))
 
 
 def logprob_in_half(logits_BV, uniform_B, *, temperature):
@@ -72,7 +85,7 @@ def logprob_in_half(logits_BV, uniform_B, *, temperature):
 def maximum_from_zero(logits_BV, uniform_B, *, temperature):
     z_BV = logits_BV.float() / (temperature or 1.0)
     e_BV = (z_BV - z_BV.amax(1, keepdim=True).clamp(min=0)).exp()
-    token_B, _ = right(logits_BV, uniform_B, temperature=temperature, p_BV=e_BV.double())
+    token_B, _ = right(logits_BV, uniform_B, temperature=temperature)
     return token_B, (e_BV / e_BV.sum(1, keepdim=True)).log().gather(1, token_B[:, None])[:, 0]
 
 
@@ -84,9 +97,9 @@ def the_last_of_equal_maxima(logits_BV, uniform_B, *, temperature):
 
 
 WRONG = [
-    missing_last_block, phantom_columns, low_precision_cdf, draws_in_float32, the_wrong_side_of_a_boundary, off_by_one,
-    from_the_other_end, logprob_without_temperature, draw_without_temperature, logprob_in_half, maximum_from_zero,
-    the_last_of_equal_maxima,
+    missing_last_block, phantom_columns, low_precision_race, inverse_cdf, off_by_one, one_noise_for_all_rows,
+    gumbel_with_the_wrong_sign, noise_from_the_other_end, logprob_without_temperature, draw_without_temperature,
+    logprob_in_half, maximum_from_zero, the_last_of_equal_maxima,
 ]  # fmt: skip
 
 

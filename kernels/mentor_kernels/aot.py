@@ -220,11 +220,12 @@ def whole_step(own: bool) -> Variant:
 def sampling(dtype: str, greedy: bool) -> Variant:
     """A token of each row of logits."""
     kernel = SAMPLE._sample_rows
-    pointers = {"logits_ptr": "*" + dtype, "draw_ptr": "*i64", "token_ptr": "*i64"}
+    pointers = {"logits_ptr": "*" + dtype, "seed_ptr": "*i32", "token_ptr": "*i64"}
     types, _ = _arguments(kernel, {**pointers, "inverse_temperature": "fp32"})
     launch = HEAD.Launch({}, SAMPLE.WARPS, 3)
     name = " ".join(["sample", dtype, *_marks(greedy=greedy)])
-    constants = dict(GREEDY=greedy, ONE=SAMPLE.ONE, BLOCK=SAMPLE.BLOCK)
+    noise = {name: getattr(SAMPLE, name) for name in ("STRIDE", "MIX_1", "MIX_2", "ALMOST_ONE")}
+    constants = dict(GREEDY=greedy, ONE=SAMPLE.ONE, BLOCK=SAMPLE.BLOCK, **noise)
     return Variant(name, kernel, launch, types, constants, aligned=("V", "stride"))
 
 
