@@ -4,7 +4,7 @@
     linear_kl            two hidden states and the head -> exact KL of each row
     policy_loss          logprobs -> GRPO-family loss, importance correction, KL, entropy bonus, metrics
     linear_policy_loss   all of these in one, with one sweep over the vocabulary for the gradient
-    sample               logits -> a token of each row by inverse CDF, and its logprob
+    sample               logits -> a token drawn from each row, and its logprob
     paged_attention      one query token a row, keys and values in pages -> what it attends to
     group_advantage      tool sets and answers -> composite reward and group-relative advantage
 

@@ -11,8 +11,8 @@ distribution (a NaN, an inf, nothing but -inf) gives token 0 and logprob NaN.
 
 Why not the inverse CDF, which needs no noise but u? Logits that differ in their last bits, because other rows were
 decoded beside them, move every boundary of a CDF, and a draw may fall on the other side of any. Here the token changes
-only where two tokens race head to head: about as often as the distributions differ (half the sum of |p_v - p'_v|).
-Measured: 13 % against 1.6 % of the tokens in bf16 (bench/LOG.md). Equal noise gives equal tokens.
+only where two tokens race head to head: at most twice as often as it must, which is in half the sum of |p_v - p'_v|.
+Measured: in 1.6 % of the tokens instead of 12.8 %, in bf16 (bench/LOG.md).
 
     x   = (floor(u 2^32) + 0x9E3779B9 v) mod 2^32        then three rounds of x ^= x >> r and multiplications (murmur3)
     E   = -log(1 - (x + 1/2) 2^-32)                      small E, which win, have all their digits
