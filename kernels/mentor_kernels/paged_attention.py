@@ -109,7 +109,8 @@ ATTEND = {
 MERGE = Launch(dict(BLOCK_S=8), warps=4, stages=1)
 
 
-@triton.jit
+# These change from step to step: a kernel compiled for a width of 16 pages would be compiled again for 17.
+@triton.jit(do_not_specialize=("window", "splits", "table_stride"))
 def _attend_split(
     query_ptr, keys_ptr, values_ptr, tables_ptr, shared_ptr, end_ptr, sum_ptr, m_ptr, s_ptr,
     scaling, window, splits, kv_heads, repeats, D, query_stride, query_head_stride, table_stride,
@@ -158,7 +159,7 @@ def _attend_split(
         tl.store(sum_ptr + to_Q[:, None] * D + d_D[None, :], sum_QD, mask=wide_QD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("splits",))
 def _merge_splits(
     sum_ptr, m_ptr, s_ptr, out_ptr, splits, D,
     START: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
