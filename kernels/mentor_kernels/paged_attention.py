@@ -104,7 +104,7 @@ SPLIT = 256
 # By bytes of an element: without spills for heads of up to 256, `python -m mentor_kernels.aot` shows it.
 ATTEND = {
     2: Launch(dict(BLOCK=64), warps=4, stages=2),
-    4: Launch(dict(BLOCK=16), warps=8, stages=2),
+    4: Launch(dict(BLOCK=32), warps=8, stages=1),
 }
 MERGE = Launch(dict(BLOCK_S=8), warps=4, stages=1)
 
