@@ -5,7 +5,7 @@
 The same prompts and noise are sampled twice: all at once, and one after another on pages of another size. A product's
 rounding depends on how many rows it has, so a draw that falls beside a boundary of the CDF can go the other way, and
 from there the sequence is another one. Up to that point the logprobs are compared with each other, and over the whole
-sequence with those that the trainer computes for an update.
+sequence with those that the trainer computes for an update. Greedy, each is held against transformers' own generate.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Literal
 import torch
 import tyro
 from mentor_kernels import linear_logprob
+from transformers import GenerationConfig
 
 from bench.step import machine
 from lite_mentor.attention import PackedPlan
-from lite_mentor.engine import Engine, Sequence
+from lite_mentor.engine import Engine, Sampling, Sequence
 from lite_mentor.prompt import Chat
 from lite_mentor.rollout import noise
 from lite_mentor.student import Student, load_student
@@ -41,15 +42,28 @@ class Options:
     """Tokens sampled."""
 
 
-def sampled(student: Student, prompts: list[list[int]], new: int, **how: int) -> list[Sequence]:
+def sampled(
+    student: Student, prompts: list[list[int]], new: int, temperature: float = 1.0, **how: int
+) -> list[Sequence]:  # fmt: skip
     """A sequence of each prompt, under noise of its own."""
     engine = Engine.of(student, context=max(map(len, prompts)) + new, **how)
-    engine.eos_ids = frozenset()
+    engine.eos_ids, engine.sampling = frozenset(), Sampling(temperature)
     sequences = [engine.submit(ids, noise(0, 0, str(i), 0, new)) for i, ids in enumerate(prompts)]
     while engine.busy:
         for s in engine.step():
             engine.release(s)
     return sequences
+
+
+def generated(student: Student, ids: list[int], new: int) -> list[int]:
+    """Greedy, by transformers, one prompt alone, from the weights that the engine samples from."""
+    model = student.rollout_model
+    how = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model.set_attn_implementation("sdpa")
+    ids_1T = torch.tensor([ids], device=student.device)
+    out = model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=how)[0].tolist()
+    model.set_attn_implementation("lite_mentor")
+    return out
 
 
 @torch.no_grad()
@@ -75,8 +89,12 @@ def compare(student: Student, options: Options) -> dict[str, float]:
         same += first - start
         between += [abs(x - y) for x, y in zip(a.logp[start:first], b.logp[start:first], strict=True)]
         gaps += [abs(x - y) for x, y in zip(a.logp[start:], trainers_logprobs(student, a), strict=True)]
+    greedy = sampled(student, prompts, options.new, temperature=0.0, slots=options.sequences)
     return {
         "sequences": len(prompts),
+        "greedy, equal to generate": sum(
+            s.ids == generated(student, s.ids[: s.prompt_length], options.new) for s in greedy
+        ),
         "equal": sum(a.ids == b.ids for a, b in zip(together, alone, strict=True)),
         "tokens": len(prompts) * options.new,
         "tokens before a difference": same,

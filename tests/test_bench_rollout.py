@@ -135,6 +135,7 @@ def test_the_agreement_of_a_float32_student_and_of_one_that_samples_old_weights(
     lines = capsys.readouterr().out.strip().splitlines()
     row = json.loads(lines[-1])
     assert (row["equal"], row["tokens before a difference"], row["tokens"]) == (16, 16 * 64, 16 * 64)
+    assert row["greedy, equal to generate"] == 16
     assert row["logprob, together and alone, max"] < 1e-4
     assert 0 < row["logprob, sampler and trainer, mean"] < row["logprob, sampler and trainer, max"] < 1e-4
     student = load_student("tiny", quant="none", dtype="fp32")
