@@ -76,7 +76,7 @@ class Config:
     """Adapter scale is lora_alpha / lora_rank."""
     rollout_weights: Literal["auto", "merged", "unmerged"] = "auto"
     """Sample from a dense copy with the adapters merged in, or from base and adapters: slower, without the copy's
-    memory. auto is merged where the copy takes less than a third of the GPU's free memory."""
+    memory. auto is merged where the copy takes under two fifths of the GPU's free memory."""
     cuda_graphs: bool = False
     """Play the decoding steps from CUDA graphs, one launch a step. Not yet run on a GPU."""
     gradient_checkpointing: bool = False

@@ -25,7 +25,8 @@ def prove_fit(student: Student, config: Config) -> str:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"A row of {len(batch.ids_T)} tokens does not fit on {config.device}; lower --micro-tokens (now "
-            f"{config.micro_tokens}), then --max-new-tokens, or switch --gradient-checkpointing on."
+            f"{config.micro_tokens}), then --max-new-tokens, or give --gradient-checkpointing or --rollout-weights "
+            "unmerged."
         ) from error
     finally:
         for parameter in student.trainable():

@@ -250,11 +250,11 @@ def adapted_layers(base: PreTrainedModel) -> list[tuple[str, LoraLayer]]:
 
 
 def twin_fits(base: PreTrainedModel) -> bool:
-    """Do merged weights take less than a third of the GPU's free memory? The update and the cache need the rest."""
+    """Do merged weights take under two fifths of the GPU's free memory? The update and the cache need the rest."""
     if base.device.type != "cuda":
         return True
     entries = sum(layer.in_features * layer.out_features for _, layer in adapted_layers(base))
-    return entries * base.dtype.itemsize < torch.cuda.mem_get_info(base.device)[0] / 3
+    return entries * base.dtype.itemsize < 0.4 * torch.cuda.mem_get_info(base.device)[0]
 
 
 def parameters(base: PreTrainedModel) -> int:
