@@ -55,15 +55,20 @@ def sampled(
     return sequences
 
 
-def generated(student: Student, ids: list[int], new: int) -> list[int]:
-    """Greedy, by transformers, one prompt alone, from the weights that the engine samples from."""
+def as_generated(student: Student, sequence: Sequence, new: int) -> bool:
+    """Are these the tokens that transformers generates greedily, from the prompt alone and with the same weights?
+
+    It stops at an end of turn, which the sequence here speaks on.
+    """
+    ids = sequence.ids[: sequence.prompt_length]
     model = student.rollout_model
     how = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
     model.set_attn_implementation("sdpa")
     ids_1T = torch.tensor([ids], device=student.device)
     out = model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=how)[0].tolist()
     model.set_attn_implementation("lite_mentor")
-    return out
+    whole = len(out) == len(sequence.ids) or out[-1] in student.eos_ids
+    return whole and sequence.ids[: len(out)] == out
 
 
 @torch.no_grad()
@@ -92,9 +97,7 @@ def compare(student: Student, options: Options) -> dict[str, float]:
     greedy = sampled(student, prompts, options.new, temperature=0.0, slots=options.sequences)
     return {
         "sequences": len(prompts),
-        "greedy, equal to generate": sum(
-            s.ids == generated(student, s.ids[: s.prompt_length], options.new) for s in greedy
-        ),
+        "greedy, equal to generate": sum(as_generated(student, s, options.new) for s in greedy),
         "equal": sum(a.ids == b.ids for a, b in zip(together, alone, strict=True)),
         "tokens": len(prompts) * options.new,
         "tokens before a difference": same,
