@@ -320,8 +320,13 @@ class Engine:
         shared = length if len(sequence.ids) > length and sequence.ids[:length] == self.prefix_ids else 0
         own, fresh = len(sequence.ids) - shared, len(sequence.ids) == sequence.prompt_length
         prompt, computed = _prompt(sequence), sequence.prompt_length - 1
+        # Sequences that were put back can share more than their prompt: then the prefix holds all that siblings could.
         sibling = next(
-            (s for s in self.alive if s.shared == shared and _prompt(s) == prompt and (fresh or s.cached >= computed)),
+            (
+                s
+                for s in self.alive
+                if s.shared == shared <= computed and _prompt(s) == prompt and (fresh or s.cached >= computed)
+            ),
             None,
         )
         lent = (computed - shared) // pool.page if sibling else 0

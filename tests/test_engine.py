@@ -235,6 +235,27 @@ def test_a_paused_sequence_gives_its_pages_back_and_is_read_again():
     assert young.ids[4:] == [EOS, 6, 6, 5]
 
 
+def test_a_prefix_longer_than_the_prompt_leaves_siblings_nothing_to_share():
+    """Two sequences of one prompt that were put back after they had said the same."""
+    model = Scripted(dict.fromkeys(range(20), 5))
+    e = engine(model, page=1)
+    pair = [e.submit([1, 2, 3], [0.5] * 8) for _ in range(2)]
+    e.submit([9], [0.5])  # so that nothing is common at first
+    e.release(*e.step())
+    e.step()
+    for s in pair:
+        e.release(s)
+        e.speaking.remove(s)
+        e.waiting.append(s)
+    model.computed.clear()
+    e.step()
+    assert e.prefix_ids == [1, 2, 3, 5]
+    assert model.computed == [[1, 2, 3, 5], [5, 5]]
+    assert not set(pair[0].pages) & set(pair[1].pages)
+    run(e)
+    assert [s.ids for s in pair] == [[1, 2, 3] + [5] * 8] * 2
+
+
 def test_the_cache_has_the_size_that_was_asked_for(tmp_path):
     student = load_student("tiny", quant="none", dtype="fp32")
     config = student.config
@@ -317,7 +338,9 @@ def check_pages(e: Engine) -> None:
     held = Counter(page for s in e.alive for page in s.pages)
     held.update(e.prefix_pages)
     assert e.pool.holders == [held[page] for page in range(len(e.pool.holders))]
-    assert all(held[page] == 1 for s in e.alive for page in s.pages[(s.prompt_length - 1 - s.shared) // e.pool.page :])
+    for s in e.alive:
+        lent = max(0, s.prompt_length - 1 - s.shared) // e.pool.page
+        assert all(held[page] == 1 for page in s.pages[lent:])
 
 
 @settings(max_examples=200, deadline=None)
