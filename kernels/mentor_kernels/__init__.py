@@ -2,6 +2,7 @@
 
     linear_logprob       hidden states and the head -> logprob and entropy of each target; no [N, V] tensor exists
     linear_kl            two hidden states and the head -> exact KL of each row
+    linear_topk          ... -> logprobs of K chosen tokens a row; topk_kl: the KL to a teacher's K likeliest
     policy_loss          logprobs -> GRPO-family loss, importance correction, KL, entropy bonus, metrics
     linear_policy_loss   all of these in one, with one sweep over the vocabulary for the gradient
     sample               logits -> a token drawn from each row, and its logprob
@@ -17,6 +18,7 @@ from mentor_kernels.group_advantage import STANDARD_TERMS, AdvantageOut, RewardC
 from mentor_kernels.linear_kl import linear_kl
 from mentor_kernels.linear_logprob import LogprobOut, linear_logprob
 from mentor_kernels.linear_policy_loss import linear_policy_loss
+from mentor_kernels.linear_topk import linear_topk, topk_kl
 from mentor_kernels.paged_attention import PagedRows, paged_attention
 from mentor_kernels.policy_loss import Normaliser, PolicyLossConfig, PolicyLossOut, policy_loss
 from mentor_kernels.sample import SampleOut, sample
@@ -35,7 +37,9 @@ __all__ = [
     "linear_kl",
     "linear_logprob",
     "linear_policy_loss",
+    "linear_topk",
     "paged_attention",
     "policy_loss",
     "sample",
+    "topk_kl",
 ]

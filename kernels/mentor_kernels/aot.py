@@ -31,9 +31,9 @@ from triton.compiler import ASTSource
 from mentor_kernels.backend import interpreted
 
 # The package's attributes of these names are the operators.
-HEAD, POLICY, ADVANTAGE, SAMPLE, PAGED = (
+HEAD, TOPK, POLICY, ADVANTAGE, SAMPLE, PAGED = (
     sys.modules[f"mentor_kernels.{name}"]
-    for name in ("linear_logprob", "policy_loss", "group_advantage", "sample", "paged_attention")
+    for name in ("linear_logprob", "linear_topk", "policy_loss", "group_advantage", "sample", "paged_attention")
 )
 
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
@@ -171,6 +171,17 @@ def merges() -> Iterator[Variant]:
         yield Variant(name, kernel, launch, types, dict(START=HEAD.START, **launch.blocks))
 
 
+def gathered(dtype: str) -> Iterator[Variant]:
+    """Products with chosen rows of the head, and the sum of such rows."""
+    launch = HEAD.Launch(dict(BLOCK_K=TOPK.BLOCK_K, BLOCK_H=TOPK.BLOCK_H), TOPK.WARPS, 3)
+    kernels = {"gathered dots": (TOPK._gathered_dots, ("hidden_ptr", "weight_ptr")),
+               "gathered sum": (TOPK._gathered_sum, ("weight_ptr", "out_ptr"))}  # fmt: skip
+    for name, (kernel, narrow) in kernels.items():
+        types, _ = _arguments(kernel, {**dict.fromkeys(narrow, "*" + dtype), "ids_ptr": "*i64"})
+        aligned = ("H", "hidden_stride", "weight_stride") if "hidden_ptr" in narrow else ("H", "weight_stride")
+        yield Variant(f"{name} {dtype}", kernel, launch, types, launch.blocks, aligned=aligned)
+
+
 def policy(loss: str, kl: str, tis: str) -> Variant:
     """The policy loss; `kl` or `tis` empty: without."""
     kernel = POLICY._policy_tokens
@@ -266,6 +277,7 @@ def variants() -> list[Variant]:
     losses = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
     return [
         *head,
+        *(variant for dtype in BYTES for variant in gathered(dtype)),
         *(policy(loss, kl, tis) for loss in losses for kl, tis in (("", ""), ("k3", "token"), ("k1", "sequence"))),
         *(policy("dapo", kl, "token") for kl in ("k2", "exact")),
         policy_sums(),

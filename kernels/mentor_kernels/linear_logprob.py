@@ -794,7 +794,7 @@ def _linear_logprob(
     jacobian: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_targets(targets_N, weight_VH, backend)
+    check_ids("targets_N", targets_N, weight_VH, backend)
     if backend == "triton":
         with torch.cuda.device_of(hidden_NH):
             return _forward_triton(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian)
@@ -948,12 +948,12 @@ def check_head(hidden_NH, weight_VH, targets_N, temperature, softcap) -> None:
         raise ValueError(f"softcap must be positive or None, not {softcap}")
 
 
-def check_targets(targets_N: torch.Tensor, weight_VH: torch.Tensor, backend: str) -> None:
-    """Not for Triton on a GPU: to look would stop the CPU until the GPU is done. There a bad target gives NaN."""
+def check_ids(name: str, ids: torch.Tensor, weight_VH: torch.Tensor, backend: str) -> None:
+    """Not for Triton on a GPU: to look would stop the CPU until the GPU is done. There a bad id gives NaN."""
     V = weight_VH.shape[0]
     look = backend == "torch" or interpreted()
-    if look and targets_N.numel() and (targets_N.min() < 0 or targets_N.max() >= V):
-        raise ValueError(f"targets_N must lie in [0, {V}), but reach from {targets_N.min()} to {targets_N.max()}")
+    if look and ids.numel() and (ids.min() < 0 or ids.max() >= V):
+        raise ValueError(f"{name} must lie in [0, {V}), but reach from {ids.min()} to {ids.max()}")
 
 
 def check_triton(hidden_NH: torch.Tensor) -> None:

@@ -28,7 +28,7 @@ from mentor_kernels.linear_kl import linear_kl
 from mentor_kernels.linear_logprob import (
     Head,
     check_head,
-    check_targets,
+    check_ids,
     check_triton,
     chunks,
     gradient_chunk,
@@ -142,7 +142,7 @@ def _linear_policy_loss(
         loss, clip_low, clip_high, dual_clip, cispo_max, kl, beta, entropy_coef, tis_cap, tis_mode, tis_level,
         max_new_tokens,
     )  # fmt: skip
-    check_targets(targets_N, weight_VH, "triton")
+    check_ids("targets_N", targets_N, weight_VH, "triton")
     with torch.cuda.device_of(hidden_NH):
         return _forward_fused(
             hidden_NH, targets_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, ref_hidden_NH,
