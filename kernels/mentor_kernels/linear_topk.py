@@ -4,7 +4,7 @@ Mathematics. All tokens of a row share its logsumexp, so the target's logprob (l
 
     log p_k = logp + z_k - z_y          z_v = softcap(scale h.W_v) / T
 
-A teacher with the same vocabulary, of whom the K likeliest tokens and their probabilities q_k were cached, is followed by
+A teacher with the same vocabulary, known by its K likeliest tokens and their probabilities q_k, is followed by
 
     KL_K = sum_k q_k (log q_k - log p_k)
 
