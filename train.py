@@ -94,7 +94,8 @@ def cold_start(run: Run) -> None:
     run.log.note(f"support gate: {seen:.0%} of the untrained student's episodes hold a call that works")
     if seen >= sft.ENOUGH_SUPPORT or not c.sft_steps:
         return
-    run.log.note(f"cold start: {c.sft_steps} supervised steps on {c.sft_steps * c.sft_batch} teacher records")
+    labels = " and a larger model's soft labels of them" if c.soft_labels else ""
+    run.log.note(f"cold start: {c.sft_steps} supervised steps on {c.sft_steps * c.sft_batch} teacher records{labels}")
     chosen = run.examples[: c.sft_steps * c.sft_batch]
     rollouts = sft.teacher_rollouts(run.chat, chosen, run.teacher, run.student.eos_ids[0], c)
     optimizer = make_optimizer(run.student.trainable(), c)

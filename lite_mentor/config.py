@@ -101,6 +101,10 @@ class Config:
     """Teacher records in a supervised step."""
     sft_lr: float = 1e-3
     """Peak learning rate of the cold start."""
+    soft_labels: str = ""
+    """File of `lite_mentor.label`, with a larger model's opinion of the records' tokens: learn from that as well."""
+    soft_weight: float = 0.5
+    """With soft labels: how much of the cold start's loss they are; the rest is the records' own tokens."""
 
     steps: int = 18
     """RL steps."""
@@ -334,6 +338,8 @@ def check(config: Config) -> None:
                 raise UserError(f"--{name.replace('_', '-')} is {part}; it must be finite.")
     if config.group_size < 2:
         raise UserError("--group-size is 1, so no rollout has another to be compared with; use 2 or more.")
+    if not 0 <= config.soft_weight <= 1:
+        raise UserError(f"--soft-weight is {config.soft_weight}; it is a share, from 0 to 1.")
     if config.cache_gib < 0:
         raise UserError(f"--cache-gib is {config.cache_gib}; give the GiB that the cache may take, or 0.")
     if not 0 < config.top_p <= 1 or config.top_k < 0:

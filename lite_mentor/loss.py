@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
-from mentor_kernels import Normaliser, PolicyLossConfig, PolicyLossOut, linear_logprob, linear_policy_loss
+from mentor_kernels import (
+    Normaliser,
+    PolicyLossConfig,
+    PolicyLossOut,
+    linear_logprob,
+    linear_policy_loss,
+    linear_topk,
+    topk_kl,
+)
 from mentor_kernels.backend import interpreted
 
 from lite_mentor.attention import PackedPlan
@@ -50,6 +58,17 @@ def logprobs(
     how = _head(student, temperature, backend)
     out = linear_logprob(hidden_NH, student.head_weight_VH, batch.targets_N.to(hidden_NH.device), **how)
     return out.logprob_N, out.entropy_N
+
+
+def teacher_kl(
+    student: Student, batch: Batch, ids_NK: torch.Tensor, logp_NK: torch.Tensor, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logprob [N] of each sampled token, KL [N] of the teacher whose likeliest tokens these are to the student)."""
+    hidden_NH, weight_VH = sampled_hidden(student, batch), student.head_weight_VH
+    targets_N, ids_NK, logp_NK = (x.to(hidden_NH.device) for x in (batch.targets_N, ids_NK, logp_NK))
+    how = _head(student, 1.0, backend)
+    logp_N = linear_logprob(hidden_NH, weight_VH, targets_N, **how).logprob_N
+    return logp_N, topk_kl(linear_topk(hidden_NH, weight_VH, targets_N, logp_N, ids_NK, **how), logp_NK)
 
 
 def sampled_hidden(student: Student, batch: Batch) -> torch.Tensor:

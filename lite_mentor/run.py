@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,9 +173,7 @@ def prepare(config: Config) -> Iterator[Run]:
     with ExitStack() as stack:
         stack.enter_context(checkpoint.lock(out))
         log = stack.enter_context(RunLog(out, config.asdict(), total_steps=config.steps, resume=bool(config.resume)))
-        examples = load_tasks(config, out)
-        teacher = open_teacher(config, examples, log)
-        examples = teacher.usable(examples)
+        examples, teacher = training_examples(config, out, log.note)
         student = load_student(
             config.student,
             quant=config.quant,
@@ -198,7 +196,6 @@ def prepare(config: Config) -> Iterator[Run]:
         log.note(engine.describe())
         sandbox = stack.enter_context(open_sandbox(config.sandbox))
         log.note(sandbox.note)
-        random.Random(config.seed).shuffle(examples)
         yield Run(
             config=config,
             out=out,
@@ -222,6 +219,15 @@ def slots(config: Config) -> int:
     return max(32, min(config.rollouts_per_step, 128))
 
 
+def training_examples(config: Config, out: Path, note: Callable[[str], None]) -> tuple[list[Example], TeacherCache]:
+    """The examples of which the teacher has usable records, in the order of this run's seed; and the cache."""
+    examples = load_tasks(config, out)
+    teacher = open_teacher(config, examples, note)
+    examples = teacher.usable(examples)
+    random.Random(config.seed).shuffle(examples)
+    return examples, teacher
+
+
 def load_tasks(config: Config, out: Path) -> list[Example]:
     """The training examples: a built-in suite, or the user's own file."""
     return load_task(
@@ -230,7 +236,7 @@ def load_tasks(config: Config, out: Path) -> list[Example]:
     )  # fmt: skip
 
 
-def open_teacher(config: Config, examples: Sequence[Example], log: RunLog) -> TeacherCache:
+def open_teacher(config: Config, examples: Sequence[Example], note: Callable[[str], None]) -> TeacherCache:
     """The cache that --teacher names; or the built-in tasks' own solutions, which `lite_mentor.teach` writes once.
 
     Its folder is named by what the tasks are, so that a version which makes other tasks does not find these.
@@ -243,7 +249,7 @@ def open_teacher(config: Config, examples: Sequence[Example], log: RunLog) -> Te
         command = [sys.executable, "-m", "lite_mentor.teach", "--suite", config.task, "--source", "oracle"]
         command += ["--size", str(config.train_size), "--levels", *map(str, config.levels), "--out", str(folder)]
         command += ["--sandbox", config.sandbox]
-        log.note("filling the teacher's cache: " + " ".join(command[1:]))
+        note("filling the teacher's cache: " + " ".join(command[1:]))
         if subprocess.run(command, check=False).returncode:
             raise UserError(f"The teacher's cache {folder} could not be filled; what was wrong stands above.")
     return open_cache(folder)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from lite_mentor.batch import pack
 from lite_mentor.config import Config
-from lite_mentor.loss import logprobs
+from lite_mentor.loss import logprobs, teacher_kl
 from lite_mentor.optim import Guard, apply_gradients, blame, learning_rate
 from lite_mentor.prompt import Chat
+from lite_mentor.soft import read as read_labels
 from lite_mentor.student import Student
 from lite_mentor.types import Batch, Example, Rollout, Scored, TeacherRecord
 
@@ -70,10 +72,22 @@ def teacher_rollout(
     )
 
 
-def sft_loss(student: Student, batch: Batch, backend: str | None = None) -> torch.Tensor:
-    """Mean negative logprob of the assistant's tokens, as this row's share of the whole step's."""
-    logp_N, _ = logprobs(student, batch, backend=backend)
-    return -logp_N.sum() / batch.global_tokens
+def sft_loss(
+    student: Student,
+    batch: Batch,
+    backend: str | None = None,
+    soft: tuple[torch.Tensor, torch.Tensor] | None = None,
+    soft_weight: float = 0.0,
+) -> torch.Tensor:
+    """Mean negative logprob of the assistant's tokens, as this row's share of the whole step's.
+
+    With `soft`, the teacher's likeliest tokens and their logprobs [N, K], soft_weight of it is the KL to those.
+    """
+    if soft is None:
+        logp_N, _ = logprobs(student, batch, backend=backend)
+        return -logp_N.sum() / batch.global_tokens
+    logp_N, kl_N = teacher_kl(student, batch, *soft, backend=backend)
+    return ((soft_weight - 1) * logp_N.sum() + soft_weight * kl_N.sum()) / batch.global_tokens
 
 
 def cold_start(
@@ -90,15 +104,22 @@ def cold_start(
     applied; raises Diverged after three in a row.
     """
 
+    labels = read_labels(Path(config.soft_labels)) if config.soft_labels else None
+
+    def loss_of(batch: Batch, chosen: Sequence[Rollout]) -> torch.Tensor:
+        within = [chosen[i] for i in batch.sequence_N.unique_consecutive().tolist()]
+        soft = labels.of(within) if labels else None
+        return sft_loss(student, batch, config.kernel_backend, soft, config.soft_weight)
+
     def loss_alone(s: Scored) -> torch.Tensor:
-        return sft_loss(student, pack([s.rollout], [0.0], config.micro_tokens)[0], config.kernel_backend)
+        return loss_of(pack([s.rollout], [0.0], config.micro_tokens)[0], [s.rollout])
 
     for step in range(start, config.sft_steps):
         chosen = [rollouts[(step * config.sft_batch + i) % len(rollouts)] for i in range(config.sft_batch)]
         batches = pack(chosen, [0.0] * len(chosen), config.micro_tokens)
         loss = 0.0
         for batch in batches:
-            part = sft_loss(student, batch, config.kernel_backend)
+            part = loss_of(batch, chosen)
             part.backward()
             loss += part.item()
         lr = learning_rate(step, config.sft_steps, peak=config.sft_lr, warmup=3, schedule="cosine")

@@ -12,8 +12,8 @@ FREE = {"types", "config", "errors"}  # importable from everywhere; they import 
 ORDER = [
     "calculators", "tools", "python_tool", "tasks", "isolation", "worker", "sandbox", "judge", "prompt",
     "assets", "attention", "tiny", "student", "paging", "decode", "engine", "rollout", "teacher", "teach", "reward",
-    "batch", "loss", "optim", "sft", "checkpoint", "statistics", "evaluate", "display", "log", "charts", "page",
-    "report", "fit", "run",
+    "batch", "loss", "optim", "soft", "sft", "checkpoint", "statistics", "evaluate", "display", "log", "charts", "page",
+    "report", "fit", "run", "label",
 ]  # fmt: skip
 MAY_IMPORT_KERNELS = {"loss", "reward", "student", "paging", "decode"}
 

@@ -1,0 +1,111 @@
+"""Makes soft labels: what a larger model thinks of each token of the teacher's records that the cold start learns from.
+
+    python -m lite_mentor.label --model Qwen/Qwen3-8B --preset modern --soft-labels cache/soft.safetensors
+    python train.py --preset modern --soft-labels cache/soft.safetensors
+
+All flags but --model, --labels and --adapter are train.py's own, so that the same records are laid out in the same
+tokens. The model reads them as the student would; it must have the student's vocabulary, token for token (Qwen3-8B for
+Qwen3-1.7B).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from lite_mentor import sft, soft
+from lite_mentor.batch import pack
+from lite_mentor.config import Config, parse
+from lite_mentor.errors import UserError
+from lite_mentor.loss import sampled_hidden
+from lite_mentor.prompt import Chat
+from lite_mentor.run import training_examples
+from lite_mentor.student import Student, compute_device, load_student
+from lite_mentor.types import Rollout
+
+LOGIT_ROWS = 256
+"""Tokens whose logits over the whole vocabulary are held at once: 150 MB for Qwen3."""
+
+
+def label(teacher: Student, name: str, rollouts: Sequence[Rollout], k: int, micro_tokens: int) -> soft.SoftLabels:
+    """The teacher's k likeliest tokens at every sampled token of the rollouts."""
+    ids, logps, first, rows = [], [], {}, 0
+    for rollout in track(rollouts, "labels", disable=not sys.stdout.isatty()):
+        key = soft.key_of(rollout)
+        if key in first:
+            continue
+        first[key] = rows
+        for logp_RK, ids_RK in likeliest(teacher, rollout, k, micro_tokens):
+            ids.append(ids_RK.int().cpu())
+            logps.append(logp_RK.cpu())
+            rows += len(ids_RK)
+    return soft.SoftLabels(name, torch.cat(ids), torch.cat(logps), first)
+
+
+@torch.no_grad()
+def likeliest(teacher: Student, rollout: Rollout, k: int, micro_tokens: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """(logprobs, ids) [R, k] of one rollout's sampled tokens, LOGIT_ROWS at a time."""
+    (batch,) = pack([rollout], [0.0], micro_tokens)
+    words = len(teacher.tokenizer)  # a head may have more rows, which stand for nothing
+    for hidden_RH in sampled_hidden(teacher, batch).split(LOGIT_ROWS):
+        yield torch.log_softmax(teacher.rollout_logits(hidden_RH), -1)[:, :words].topk(k)
+
+
+def student_records(config: Config) -> tuple[list[Rollout], dict[str, int]]:
+    """The cold start's records as this run's student reads them, and its vocabulary."""
+    with tempfile.TemporaryDirectory() as scratch:  # for the quarantine, which the run will write again
+        examples, teacher = training_examples(config, Path(scratch), print)
+    student = load_student(config.student, quant=config.quant, lora_rank=1, device=config.device, dtype=config.dtype)
+    chosen = examples[: config.sft_steps * config.sft_batch]
+    rollouts = sft.teacher_rollouts(Chat(student.tokenizer), chosen, teacher, student.eos_ids[0], config)
+    return rollouts, student.tokenizer.get_vocab()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 after one sentence."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lite_mentor.label", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--model", required=True, help="the larger model: a folder, a hub id, or smollm2-135m")
+    parser.add_argument("--adapter", type=Path, help="a folder with PEFT adapters for it, of this run's --lora-rank")
+    parser.add_argument("--labels", type=int, default=16, metavar="K", help="tokens kept at each position (16)")
+    own, rest = parser.parse_known_args(argv)
+    try:
+        config = parse(rest)
+        if not config.soft_labels or not config.sft_steps:
+            raise UserError("--soft-labels must name the file to write, and --sft-steps must not be 0.")
+        if own.labels < 1:
+            raise UserError(f"--labels is {own.labels}; keep 1 token or more at each position.")
+        config = replace(config, device=compute_device(config.device))
+        rollouts, vocabulary = student_records(config)
+        teacher = load_student(
+            own.model, quant=config.quant, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
+            device=config.device, dtype=config.dtype, rollout_weights="unmerged",
+        )  # fmt: skip
+        if teacher.tokenizer.get_vocab() != vocabulary:
+            raise UserError(f"{own.model} has another vocabulary than {config.student}; take a model of its family.")
+        if own.adapter:
+            teacher.load_adapter(own.adapter)
+        labels = label(teacher, own.model, rollouts, min(own.labels, len(vocabulary)), config.micro_tokens)
+        soft.write(Path(config.soft_labels), labels)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    mass = float(labels.logp_NK.exp().sum(1).mean())
+    print(
+        f"{config.soft_labels}: {len(labels.ids_NK)} tokens of {len(labels.first)} records, "
+        f"{labels.ids_NK.shape[1]} labels each, which hold {mass:.2%} of the probability"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
