@@ -99,7 +99,7 @@ def test_the_loss_by_hand(records):
     found, hard, gap = 0.0, [], []
     for batch in batches:
         N = len(batch.targets_N)
-        ids = torch.randint(0, 500, (N, 3), generator=make)
+        ids = torch.randint(0, len(student.head_weight_VH), (N, 3), generator=make)
         logq = torch.log_softmax(torch.randn(N, 4, generator=make), -1)[:, :3]
         found += sft.sft_loss(student, batch, soft=(ids, logq), soft_weight=0.25).item()
         with torch.no_grad():
