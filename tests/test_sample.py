@@ -251,17 +251,6 @@ def test_the_kernels_blocks_cannot_matter(kernel_device, block, monkeypatch):
     assert same_bits(triton_sample(logits, uniform, temperature=0.8), whole)
 
 
-@pytest.mark.gpu
-def test_sampling_never_waits_for_the_gpu():
-    logits, uniform = (x.cuda() for x in some())
-    sample(logits, uniform)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        sample(logits, uniform)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_operator_is_what_it_says_to_the_compiler(kernel_device, backend):
     logits, uniform = (x.to(kernel_device) for x in some(300))
