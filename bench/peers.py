@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from mentor_kernels import linear_logprob
 from torch.utils.checkpoint import checkpoint
 
+from bench.libraries import LIBRARIES, Head
 from lite_mentor.errors import UserError
 
 CHUNK_ROWS = 256
@@ -34,15 +35,16 @@ class Inputs:
 Candidate = Callable[[Inputs, str], torch.Tensor]
 
 
-def from_head(head: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) -> Candidate:
-    """`head(hidden, weight, targets) -> (logprob, entropy or None)`, run as each mode needs it."""
+def from_head(head: Head, bonus: Head | None = None) -> Candidate:
+    """Run a head as each mode needs it; the entropy bonus by another one, if given."""
 
     def run(inputs: Inputs, mode: str) -> torch.Tensor:
         if mode == "score":
             with torch.no_grad():
                 return head(inputs.hidden_NH, inputs.weight_VH, inputs.targets_N)[0]
         hidden_NH = inputs.hidden_NH.detach().requires_grad_()
-        logprob_N, entropy_N = head(hidden_NH, inputs.weight_VH, inputs.targets_N)
+        chosen = bonus if mode == "bonus" and bonus else head
+        logprob_N, entropy_N = chosen(hidden_NH, inputs.weight_VH, inputs.targets_N)
         outputs, grads = [logprob_N], [inputs.grad_logprob_N.to(logprob_N.dtype)]
         if mode == "bonus":
             if entropy_N is None:
@@ -94,9 +96,14 @@ def chunks_of_rows(hidden_NH, weight_VH, targets_N):
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def torch_linear_cross_entropy(hidden_NH, weight_VH, targets_N):
-    """torch's own operator."""
-    return -F.linear_cross_entropy(hidden_NH, weight_VH, targets_N, reduction="none"), None
+def torch_linear_cross_entropy(**options) -> Head:
+    """torch's own operator: all logits, or with options chunks of rows, made again in the backward."""
+    how = torch.nn.LinearCrossEntropyOptions(**options) if options else None
+
+    def head(hidden_NH, weight_VH, targets_N):
+        return -F.linear_cross_entropy(hidden_NH, weight_VH, targets_N, reduction="none", options=how), None
+
+    return head
 
 
 def candidates(device: str, peers: tuple[str, ...]) -> tuple[dict[str, Candidate], dict[str, str]]:
@@ -111,8 +118,10 @@ def candidates(device: str, peers: tuple[str, ...]) -> tuple[dict[str, Candidate
         "all logits, float32": from_head(all_logits_float32),
         "chunks of rows": from_head(chunks_of_rows),
     }
-    if hasattr(F, "linear_cross_entropy"):
-        found["F.linear_cross_entropy"] = from_head(torch_linear_cross_entropy)
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        found["F.linear_cross_entropy"] = from_head(torch_linear_cross_entropy())
+        chunks = torch_linear_cross_entropy(batch_chunk_size=1024, chunking_method=None)
+        found["F.linear_cross_entropy, chunks of 1,024 rows"] = from_head(chunks)
     if cuda:
         found = {"ours, triton": from_head(lambda h, w, y: linear_logprob(h, w, y, backend="triton")), **found}
         found["all logits, torch.compile"] = from_head(torch.compile(all_logits))
@@ -126,33 +135,13 @@ def candidates(device: str, peers: tuple[str, ...]) -> tuple[dict[str, Candidate
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
             continue
-        if not cuda:
-            versions[package] += " (needs a GPU)"
-            continue
         try:
-            found |= LIBRARIES[package]()
-        except ImportError as error:
-            versions[package] += f" (does not import: {error})"
+            heads = LIBRARIES[package]()
+        except Exception as error:  # whatever another's import raises; the table says it
+            versions[package] += f" (does not import: {type(error).__name__}: {error})"
+            continue
+        fit = {name: peer for name, peer in heads.items() if cuda or peer.cpu}
+        if not fit:
+            versions[package] += " (needs a GPU)"
+        found |= {name: from_head(peer.head, peer.bonus) for name, peer in fit.items()}
     return found, versions
-
-
-def _liger() -> dict[str, Candidate]:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    return {
-        "liger-kernel": from_head(lambda h, w, y: (-liger_fused_linear_cross_entropy(h, w, y, reduction="none"), None))
-    }
-
-
-def _cce() -> dict[str, Candidate]:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return {
-        f"cut-cross-entropy{name}": from_head(
-            lambda h, w, y, eps=eps: (-linear_cross_entropy(h, w, y, reduction="none", filter_eps=eps), None)
-        )
-        for name, eps in {"": "auto", ", exact": None}.items()
-    }
-
-
-LIBRARIES = {"liger-kernel": _liger, "cut-cross-entropy": _cce}

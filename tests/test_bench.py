@@ -157,9 +157,99 @@ def test_candidates_of_every_mode_agree_with_float64():
     for mode in ("score", "train", "bonus"):
         wanted = kernels.reference(inputs, mode)
         for name, candidate in found.items():
-            if mode == "bonus" and name == "F.linear_cross_entropy":
+            if mode == "bonus" and name.startswith("F.linear_cross_entropy"):
                 continue
             assert kernels.error(candidate(inputs, mode), wanted, mode) < 1e-4, (name, mode)
+
+
+def exact(hidden, weight, targets):
+    """(logprobs, entropy), plainly."""
+    log_p = torch.log_softmax(hidden @ weight.T, -1)
+    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+
+
+def stand_ins() -> dict[str, object]:
+    """The libraries' entry points by module, with their signatures, on plain torch."""
+
+    def chunked(hidden, weight, bias, targets, temperature, columns, softcap, scale, outputs):
+        assert (bias, temperature, columns, softcap, scale) == (None, 1.0, 32_768, None, 1.0)
+        logprob, entropy = exact(hidden, weight, targets)
+        return logprob, entropy if outputs == ("entropy",) else None, None, None, None
+
+    def cross_entropy(hidden, weight, targets, *, reduction):
+        assert reduction == "none"
+        return -exact(hidden, weight, targets)[0]
+
+    def scaled(hidden, weight, targets, return_entropy=False):
+        logprob, entropy = exact(hidden, weight, targets)
+        return (-logprob, entropy) if return_entropy else -logprob
+
+    def cut(hidden, weight, targets, *, reduction, filter_eps):
+        assert filter_eps in ("auto", None)
+        return cross_entropy(hidden, weight, targets, reduction=reduction)
+
+    def verl(hidden, weight, targets, temperature, reduction):
+        assert (temperature, reduction) == (1.0, "none")
+        return exact(hidden, weight, targets)
+
+    return {
+        "trl": None,
+        "trl.kernels": {"ChunkedLogProbFunction": SimpleNamespace(apply=chunked)},
+        "liger_kernel": None,
+        "liger_kernel.ops": {"LigerFusedLinearScaledCrossEntropyFunction": SimpleNamespace(apply=scaled)},
+        "liger_kernel.transformers": None,
+        "liger_kernel.transformers.functional": {"liger_fused_linear_cross_entropy": cross_entropy},
+        "cut_cross_entropy": {"linear_cross_entropy": cut},
+        "verl": None,
+        "verl.utils": None,
+        "verl.utils.kernel": None,
+        "verl.utils.kernel.linear_cross_entropy": {"linear_cross_entropy": verl},
+    }
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Every library seems to be installed, as version 1."""
+    monkeypatch.setattr(peers.importlib.metadata, "version", lambda _: "1")
+    for name, content in stand_ins().items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**(content or {})))
+
+
+LIBRARY_NAMES = ["TRL, chunked", "Liger, linear CE", "Liger, scaled linear CE", "CCE", "CCE, exact", "verl"]
+WITH_ENTROPY = {"TRL, chunked", "Liger, scaled linear CE", "verl"}
+
+
+def test_adapters_ask_the_libraries_for_the_right_thing(installed):
+    inputs = kernels.make_inputs(21, 16, 300, torch.float32, "cpu")
+    found, versions = peers.candidates("cuda", ("all",))
+    assert versions == dict.fromkeys(("trl", "liger-kernel", "cut-cross-entropy", "verl"), "1")
+    assert list(found)[-6:] == LIBRARY_NAMES
+    for name in LIBRARY_NAMES:
+        for mode in ("score", "train", "bonus"):
+            if mode == "bonus" and name not in WITH_ENTROPY:
+                with pytest.raises(NotImplementedError, match="gives no entropy"):
+                    found[name](inputs, mode)
+                continue
+            assert kernels.error(found[name](inputs, mode), kernels.reference(inputs, mode), mode) < 1e-5, (name, mode)
+
+
+def test_a_cpu_gets_the_libraries_that_have_code_for_it(installed):
+    found, versions = peers.candidates("cpu", ("all",))
+    assert [name for name in LIBRARY_NAMES if name in found] == ["TRL, chunked", "Liger, scaled linear CE"]
+    assert versions == {
+        "trl": "1", "liger-kernel": "1", "cut-cross-entropy": "1 (needs a GPU)", "verl": "1 (needs a GPU)"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [ImportError("no driver"), AssertionError("no driver"), RuntimeError("no driver")])
+def test_a_library_that_does_not_import_is_named(installed, monkeypatch, error):
+    def fails():
+        raise error
+
+    monkeypatch.setitem(peers.LIBRARIES, "verl", fails)
+    found, versions = peers.candidates("cpu", ("verl", "trl"))
+    assert versions == {"verl": f"1 (does not import: {type(error).__name__}: no driver)", "trl": "1"}
+    assert "TRL, chunked" in found
 
 
 def test_a_stopped_run_keeps_its_finished_tables(tmp_path, monkeypatch):
