@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import all as everything
-from bench import kernels, peers
+from bench import kernels, measure, peers
 from bench.__main__ import main as bench_main
 from bench.keep_rate import keep_rate
 from lite_mentor.errors import UserError
@@ -250,6 +250,19 @@ def test_a_library_that_does_not_import_is_named(installed, monkeypatch, error):
     found, versions = peers.candidates("cpu", ("verl", "trl"))
     assert versions == {"verl": f"1 (does not import: {type(error).__name__}: no driver)", "trl": "1"}
     assert "TRL, chunked" in found
+
+
+def test_a_gpus_table_has_a_column_for_warm_caches():
+    row = {"candidate": "a", "error": 1e-6, "bytes": 3 << 20, "seconds": 2e-3, "fastest": 1e-3, "slowest": 4e-3,
+           "of_floor": 0.5}  # fmt: skip
+    rows = [{**row, "seconds_warm": 1.5e-3}, {"candidate": "b", "error": 9.0, "problem": "wrong, so not timed"}]
+    assert measure.table(rows, "a").splitlines() == [
+        "| candidate | ms (fastest to slowest) | ms, warm caches | ratio | memory MiB | % of floor | error |",
+        "|---|---|---|---|---|---|---|",
+        "| a | 2 (1 to 4) | 1.5 | 1.00 | 3 | 50% | 1.0e-06 |",
+        "| b | wrong, so not timed | | | | | 9.0e+00 |",
+    ]
+    assert measure.table([row], "a").splitlines()[2] == "| a | 2 (1 to 4) | 1.00 | 3 | 50% | 1.0e-06 |"
 
 
 def test_a_stopped_run_keeps_its_finished_tables(tmp_path, monkeypatch):
