@@ -141,26 +141,25 @@ def statistics(dtype: str, *, reference: bool, softcap: bool, store: bool) -> Va
                    ("H", "hidden_stride", "ref_hidden_stride", "weight_stride", "e_stride"))  # fmt: skip
 
 
-def gradient(dtype: str, *, loss: bool, kl: bool, softcap: bool) -> Variant:
-    """K3."""
-    kernel = HEAD._hidden_gradient
+def gradient(dtype: str, *, loss: bool, kl: bool, softcap: bool) -> Iterator[Variant]:
+    """K3, its GEMM and its end."""
     table = (HEAD.GRADIENT_UNDER_SOFTCAP if softcap else HEAD.GRADIENT) if loss else HEAD.JACOBIAN
-    launch = table[BYTES[dtype]]
-    of_loss, of_kl = ("order_ptr", "by_logprob_ptr", "by_entropy_ptr"), (
-        "by_kl_ptr", "d_ptr", "target_d_ptr", "level_ptr"
-    )  # fmt: skip
-    inputs = dict.fromkeys(("e_ptr", "d_ptr", "weight_ptr", "out_ptr"), "*" + dtype)
-    indices = dict.fromkeys(("target_ptr", "order_ptr"), "*i64")
-    types, none = _arguments(
-        kernel,
-        {**inputs, **indices, "factor": "fp32", "slope_factor": "fp32"},
-        (() if loss else of_loss) + (() if kl else of_kl),
-    )
+    of_loss = ("order_ptr", "by_logprob_ptr", "by_entropy_ptr")
+    of_kl = ("by_kl_ptr", "d_ptr", "target_d_ptr", "level_ptr")
+    given = dict.fromkeys(("e_ptr", "d_ptr", "weight_ptr", "out_ptr"), "*" + dtype)
+    given |= dict.fromkeys(("target_ptr", "order_ptr"), "*i64") | dict.fromkeys(("factor", "slope_factor"), "fp32")
     boost = {"fp16": 2.0**12 if loss else 2.0**15}.get(dtype, 1.0)
-    constants = dict(SOFTCAP=softcap, LOSS=loss, EVEN_H=True, BOOST=boost, TILE=HEAD.STATISTICS_TILE)
-    name = " ".join(["K3", dtype, *_marks(loss=loss, kl=kl, softcap=softcap)])
-    return Variant(name, kernel, launch, types, {**none, **constants, **launch.blocks}, dtype != "fp32", None,
-                   ("H", "e_stride", "weight_stride", "out_stride"))  # fmt: skip
+    constants = dict(SOFTCAP=softcap, LOSS=loss, BOOST=boost)
+    marks = " ".join([dtype, *_marks(loss=loss, kl=kl, softcap=softcap)])
+    whole = dict(EVEN_H=True, TILE=HEAD.STATISTICS_TILE)
+    parts = {"K3": (HEAD._gradient_sums, table[BYTES[dtype]], whole), "K3 end": (HEAD._gradient_rows, HEAD.ROWS, {})}
+    for name, (kernel, launch, more) in parts.items():
+        absent = (() if loss else of_loss) + (() if kl else of_kl)
+        types, none = _arguments(kernel, given, tuple(n for n in absent if n in kernel.arg_names))
+        aligned = tuple(n for n in ("H", "span", "e_stride", "weight_stride", "out_stride") if n in types)
+        fixed = {**none, **constants, **more, **launch.blocks}
+        matrix = name == "K3" and dtype != "fp32"
+        yield Variant(f"{name} {marks}", kernel, launch, types, fixed, matrix, None, aligned)
 
 
 def merges() -> Iterator[Variant]:
@@ -271,8 +270,9 @@ def variants() -> list[Variant]:
         *(statistics(dtype, reference=r, softcap=s, store=t)
           for dtype in BYTES for r in booleans for s in booleans for t in booleans),
         *merges(),
-        *(gradient(dtype, loss=loss, kl=kl, softcap=s)
-          for dtype in BYTES for loss, kl in ((False, False), (True, False), (True, True)) for s in booleans),
+        *(variant
+          for dtype in BYTES for loss, kl in ((False, False), (True, False), (True, True)) for s in booleans
+          for variant in gradient(dtype, loss=loss, kl=kl, softcap=s)),
     ]  # fmt: skip
     losses = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
     return [

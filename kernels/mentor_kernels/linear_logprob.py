@@ -31,16 +31,18 @@ copy at V = 49,152. The torch backend holds one tile of logits (TILINGS); the vo
 is read, and widened to float32, once a sweep. On CUDA it gives bf16 to cuBLAS as it is, for float32 sums, and rounds e
 for the second GEMM as K3 does. The Triton backend keeps logits in registers and stores, for a chunk of rows,
 e = exp(z - m) in the head's dtype: WORKSPACE_BYTES, or 512 rows where those take more (twice that with a reference,
-linear_kl.py), and 4 bytes of traffic a logit.
+linear_kl.py), and 4 bytes of traffic a logit. K3's splits take a tenth of that again.
 
 The Triton kernels, in the order of the data:
 
     K1  _tile_statistics   one GEMM. For each row and tile of 128 columns: m, sum e, sum e (z - m), all without the
                            target; the target's z; and e itself, if a gradient will be asked for
     K2  _merge_tiles       a row's tiles together -> logprob, entropy, logsumexp
-    K3  _hidden_gradient   the other GEMM: the sum over v of p_v phi_v k_v W_v, with p_v = e exp(m_tile - logsumexp)
-                           made in registers; then the target's own row of the head. phi is 1 for the Jacobian, and
-                           c + b (log p_v + H) for a loss whose gradients by logprob and entropy are c and b
+    K3  _gradient_sums     the other GEMM: the sum over v of p_v phi_v k_v W_v, with p_v = e exp(m_tile - logsumexp)
+                           made in registers. phi is 1 for the Jacobian, and c + b (log p_v + H) for a loss whose
+                           gradients by logprob and entropy are c and b. Its result is small, [R, H], and its sum long:
+                           the vocabulary is split among programs, or most of a large GPU would have none
+        _gradient_rows     the splits together, in a fixed order; then the target's own row of the head
 """
 
 from __future__ import annotations
@@ -65,6 +67,9 @@ START = -1e30
 # The Triton backend. The width of a tile of statistics is part of the result's bits: it never depends on the path.
 STATISTICS_TILE = 128
 WORKSPACE_BYTES = 256 << 20
+# Of K3 for a block of rows. A chunk has 4 to 8 such blocks, so 256 to 512 programs run; with one for each block of the
+# hidden size alone (8 at H = 1,024) most of a large GPU would idle.
+PROGRAMS = 64
 
 
 class LogprobOut(NamedTuple):
@@ -314,6 +319,9 @@ GRADIENT_UNDER_SOFTCAP = {
     4: GRADIENT[4],
 }
 FINISH = Launch(dict(BLOCK_R=16, BLOCK_T=64), warps=4, stages=1)
+ROWS = Launch(dict(BLOCK_R=16, BLOCK_H=128), warps=4, stages=2)
+# Columns of the product that sums a row's coefficients: the least that tensor cores take, 6 % more of K3's FLOPs.
+ONES = tl.constexpr(8)
 
 
 @triton.jit
@@ -488,53 +496,62 @@ def _merge_divergence(
 
 
 @triton.jit
-def _hidden_gradient(
-    e_ptr, m_ptr, weight_ptr, target_ptr, target_z_ptr, logprob_ptr, entropy_ptr, top_ptr, log_total_ptr,
-    order_ptr, by_logprob_ptr, by_entropy_ptr, by_kl_ptr, d_ptr, target_d_ptr, level_ptr, out_ptr,
-    R, V, H, e_stride, weight_stride, out_stride, factor, slope_factor,
+def _coefficients(by_logprob_ptr, by_entropy_ptr, by_kl_ptr, row_R, row_ok):
+    """A row's largest slope, and the slopes over it: what is rounded to the head's dtype stays near 1."""
+    by_logprob_R = tl.load(by_logprob_ptr + row_R, mask=row_ok, other=0.0)
+    by_entropy_R = tl.load(by_entropy_ptr + row_R, mask=row_ok, other=0.0)
+    size_R = tl.maximum(tl.abs(by_logprob_R), tl.abs(by_entropy_R))
+    by_kl_R = tl.zeros_like(size_R)
+    if by_kl_ptr is not None:
+        by_kl_R = tl.load(by_kl_ptr + row_R, mask=row_ok, other=0.0)
+        size_R = tl.maximum(size_R, tl.abs(by_kl_R))
+    over_R = tl.where(size_R > 0, size_R, 1.0)
+    return size_R, by_logprob_R / over_R, by_entropy_R / over_R, by_kl_R / over_R
+
+
+@triton.jit
+def _gradient_sums(
+    e_ptr, m_ptr, weight_ptr, entropy_ptr, top_ptr, log_total_ptr, order_ptr, by_logprob_ptr, by_entropy_ptr,
+    by_kl_ptr, d_ptr, level_ptr, part_ptr, total_ptr,
+    R, V, H, span, e_stride, weight_stride, slope_factor,
     SOFTCAP: tl.constexpr, LOSS: tl.constexpr, EVEN_H: tl.constexpr, BOOST: tl.constexpr,
     TILE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """K3. Hidden blocks are the fastest index: those of a row block share e while it is in the cache.
+    """K3, the GEMM: part[i, r, h], a row's sum over the i-th `span` columns; total[i, r], the sum of its coefficients.
 
-    With LOSS the rows come in `order`, those with zero coefficients last: their blocks skip the GEMM. BOOST is a power
-    of two that lifts small probabilities above the subnormals of float16.
+    Hidden blocks are the fastest index: those of a row block share e while it is in the cache. With LOSS the rows come
+    in `order`, those with zero coefficients last: their blocks skip the GEMM. BOOST is a power of two that lifts small
+    probabilities above the subnormals of float16.
     """
-    blocks = tl.cdiv(H, BLOCK_H)
-    row_R = (tl.program_id(0) // blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    blocks, row_blocks = tl.cdiv(H, BLOCK_H), tl.cdiv(R, BLOCK_R)
+    block = tl.program_id(0) // blocks
+    row_R = (block % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     h_H = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     v_V = tl.arange(0, BLOCK_V)
+    split = block // row_blocks
+    first = split * span
+    last = tl.minimum(first + span, V)
     row_ok, h_ok = row_R < R, h_H < H
-    last = V
     if LOSS:
         row_R = tl.load(order_ptr + row_R, mask=row_ok, other=0)
     top_R = tl.load(top_ptr + row_R, mask=row_ok, other=0.0)
     log_total_R = tl.load(log_total_ptr + row_R, mask=row_ok, other=0.0)
-    target_R = tl.load(target_ptr + row_R, mask=row_ok, other=0)
-    logprob_R = tl.load(logprob_ptr + row_R, mask=row_ok, other=0.0)
-    z_R = tl.load(target_z_ptr + row_R, mask=row_ok, other=0.0)
     if LOSS:
-        # A row's larger coefficient is factored out: what is rounded to the head's dtype stays near 1.
-        by_logprob_R = tl.load(by_logprob_ptr + row_R, mask=row_ok, other=0.0)
-        by_entropy_R = tl.load(by_entropy_ptr + row_R, mask=row_ok, other=0.0)
+        size_R, by_logprob_R, by_entropy_R, by_kl_R = _coefficients(
+            by_logprob_ptr, by_entropy_ptr, by_kl_ptr, row_R, row_ok
+        )
         entropy_R = tl.load(entropy_ptr + row_R, mask=row_ok, other=0.0)
-        size_R = tl.maximum(tl.abs(by_logprob_R), tl.abs(by_entropy_R))
         if by_kl_ptr is not None:
-            by_kl_R = tl.load(by_kl_ptr + row_R, mask=row_ok, other=0.0)
             level_R = tl.load(level_ptr + row_R, mask=row_ok, other=0.0)
-            size_R = tl.maximum(size_R, tl.abs(by_kl_R))
-            by_kl_R = tl.where(size_R > 0, by_kl_R / size_R, 0.0)
-        by_logprob_R = tl.where(size_R > 0, by_logprob_R / size_R, 0.0)
-        by_entropy_R = tl.where(size_R > 0, by_entropy_R / size_R, 0.0)
-        last = tl.where(tl.max(size_R, 0) == 0, 0, V)
+        last = tl.where(tl.max(size_R, 0) == 0, first, last)
 
     at_RV = row_R.to(tl.int32)[:, None] * e_stride + v_V[None, :]
-    weight_VH = weight_ptr + v_V.to(tl.int64)[:, None] * weight_stride + h_H[None, :]
+    weight_VH = weight_ptr + (first + v_V).to(tl.int64)[:, None] * weight_stride + h_H[None, :]
     sum_RH = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
     # Row sums as a product with ones, the least that tl.dot takes: tl.sum would need p in a second layout, and spill.
-    total_RO = tl.zeros((BLOCK_R, 16), tl.float32)
-    ones_VO = tl.full((BLOCK_V, 16), 1.0, weight_ptr.dtype.element_ty)
-    for v in range(0, last, BLOCK_V):
+    total_RO = tl.zeros((BLOCK_R, ONES), tl.float32)
+    ones_VO = tl.full((BLOCK_V, ONES), 1.0, weight_ptr.dtype.element_ty)
+    for v in range(first, last, BLOCK_V):
         m_R = tl.load(m_ptr + (v // TILE) * R + row_R, mask=row_ok, other=0.0)
         p_RV = tl.load(e_ptr + at_RV + v, mask=row_ok[:, None], other=0.0).to(tl.float32)
         shift_R = m_R - top_R - log_total_R
@@ -560,28 +577,74 @@ def _hidden_gradient(
             total_RO = tl.dot(rounded_RV, ones_VO, total_RO, input_precision="ieee")
         sum_RH = tl.dot(rounded_RV, w_VH, sum_RH, input_precision="ieee")
         weight_VH += BLOCK_V * weight_stride
+    to_R = split * R + row_R
+    tl.store(part_ptr + to_R[:, None] * H + h_H[None, :], sum_RH, mask=row_ok[:, None] & h_ok[None, :])
+    if not SOFTCAP:
+        tl.store(total_ptr + to_R, tl.max(total_RO, 1), mask=row_ok & (tl.program_id(0) % blocks == 0))
 
+
+@triton.jit
+def _gradient_rows(
+    part_ptr, total_ptr, weight_ptr, target_ptr, target_z_ptr, logprob_ptr, entropy_ptr, by_logprob_ptr,
+    by_entropy_ptr, by_kl_ptr, target_d_ptr, level_ptr, out_ptr,
+    R, V, H, splits, weight_stride, out_stride, factor, slope_factor,
+    SOFTCAP: tl.constexpr, LOSS: tl.constexpr, BOOST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """K3, the end: the splits together, always in the same order, and the target's own row of the head."""
+    blocks = tl.cdiv(H, BLOCK_H)
+    row_R = (tl.program_id(0) // blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    h_H = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    row_ok, h_ok = row_R < R, h_H < H
+    ok_RH = row_ok[:, None] & h_ok[None, :]
+    sum_RH = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+    own_R = tl.zeros((BLOCK_R,), tl.float32)
+    for split in range(splits):
+        from_R = split * R + row_R
+        sum_RH += tl.load(part_ptr + from_R[:, None] * H + h_H[None, :], mask=ok_RH, other=0.0)
+        if not SOFTCAP:
+            own_R += tl.load(total_ptr + from_R, mask=row_ok, other=0.0)
+    target_R = tl.load(target_ptr + row_R, mask=row_ok, other=0)
+    if LOSS:
+        size_R, by_logprob_R, by_entropy_R, by_kl_R = _coefficients(
+            by_logprob_ptr, by_entropy_ptr, by_kl_ptr, row_R, row_ok
+        )
     # The gradients by all logits of a row sum to 0. Taking the target's from the others AS THEY WERE ROUNDED keeps it
     # so: otherwise their rounding errors would multiply whatever all rows of the head have in common.
+    own_R = own_R * (1 / BOOST)
     if SOFTCAP:
+        logprob_R = tl.load(logprob_ptr + row_R, mask=row_ok, other=0.0)
         # 1 - p without cancellation
         own_R = tl.where(logprob_R < -0.5, 1 - tl.exp(logprob_R), -_expm1_small(logprob_R))
         if LOSS:
+            entropy_R = tl.load(entropy_ptr + row_R, mask=row_ok, other=0.0)
             own_R = by_logprob_R * own_R - by_entropy_R * tl.exp(logprob_R) * (logprob_R + entropy_R)
             if by_kl_ptr is not None:
                 target_d_R = tl.load(target_d_ptr + row_R, mask=row_ok, other=0.0)
+                level_R = tl.load(level_ptr + row_R, mask=row_ok, other=0.0)
                 own_R += by_kl_R * tl.exp(logprob_R) * (target_d_R - level_R)
-        own_R = own_R * (1 - z_R * slope_factor * z_R * slope_factor)
-    else:
-        own_R = tl.max(total_RO, 1) * (1 / BOOST)
+        tanh_R = tl.load(target_z_ptr + row_R, mask=row_ok, other=0.0) * slope_factor
+        own_R = own_R * (1 - tanh_R * tanh_R)
     target_ok = row_ok & (target_R >= 0) & (target_R < V)
-    from_RH = weight_ptr + target_R[:, None] * weight_stride + h_H[None, :]
-    target_RH = tl.load(from_RH, mask=target_ok[:, None] & h_ok[None, :], other=0.0).to(tl.float32)
+    target_RH = tl.load(
+        weight_ptr + target_R[:, None] * weight_stride + h_H[None, :], mask=target_ok[:, None] & h_ok[None, :],
+        other=0.0,
+    ).to(tl.float32)  # fmt: skip
     grad_RH = factor * (own_R[:, None] * target_RH - sum_RH * (1 / BOOST))
     if LOSS:
         grad_RH = grad_RH * size_R[:, None]
     to_RH = out_ptr + row_R.to(tl.int64)[:, None] * out_stride + h_H[None, :]
-    tl.store(to_RH, grad_RH.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & h_ok[None, :])
+    tl.store(to_RH, grad_RH.to(out_ptr.dtype.element_ty), mask=ok_RH)
+
+
+def _splits(V: int, H: int, block_h: int) -> tuple[int, int]:
+    """(columns of a split of K3, number of splits): enough programs to fill a GPU, of 1,024 columns or more each.
+
+    They follow from the head alone, so a row's sum is the same in any batch.
+    """
+    tiles = triton.cdiv(V, STATISTICS_TILE)
+    wanted = min(triton.cdiv(PROGRAMS, triton.cdiv(H, block_h)), triton.cdiv(tiles, 8))
+    span = triton.cdiv(tiles, wanted)
+    return span * STATISTICS_TILE, triton.cdiv(tiles, span)
 
 
 def _chunk_rows(V: int, element_size: int) -> int:
@@ -709,15 +772,22 @@ def gradient_chunk(
         silent_R = (by_logprob_R == 0) & (by_entropy_R == 0)
         order_R = (silent_R if by_kl_R is None else silent_R & (by_kl_R == 0)).sort(stable=True).indices
     boost = (2.0**12 if loss else 2.0**15) if half else 1.0
-    grid = (triton.cdiv(R, launch.blocks["BLOCK_R"]) * triton.cdiv(H, launch.blocks["BLOCK_H"]),)
-    _hidden_gradient[grid](
-        space.e_RV, space.statistics_3TR, head.weight_VH, targets_R, rows.target_z_R, rows.logprob_R, rows.entropy_R,
-        rows.top_R, rows.log_total_R, order_R, by_logprob_R, by_entropy_R, by_kl_R, space.d_RV, rows.target_d_R,
-        rows.level_R, out_RH,
-        R, V, H, space.e_RV.stride(0), head.weight_VH.stride(0), out_RH.stride(0),
-        head.scale / head.temperature, head.temperature / head.softcap if soft else 1.0,
+    slope_factor = head.temperature / head.softcap if soft else 1.0
+    blocks = triton.cdiv(R, launch.blocks["BLOCK_R"]) * triton.cdiv(H, launch.blocks["BLOCK_H"])
+    span, splits = _splits(V, H, launch.blocks["BLOCK_H"])
+    part_SRH, total_SR = (out_RH.new_empty(shape, dtype=torch.float32) for shape in ((splits, R, H), (splits, R)))
+    _gradient_sums[(blocks * splits,)](
+        space.e_RV, space.statistics_3TR, head.weight_VH, rows.entropy_R, rows.top_R, rows.log_total_R, order_R,
+        by_logprob_R, by_entropy_R, by_kl_R, space.d_RV, rows.level_R, part_SRH, total_SR,
+        R, V, H, span, space.e_RV.stride(0), head.weight_VH.stride(0), slope_factor,
         SOFTCAP=soft, LOSS=loss, EVEN_H=H % launch.blocks["BLOCK_H"] == 0, BOOST=boost,
         TILE=STATISTICS_TILE, **launch.blocks, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    _gradient_rows[(triton.cdiv(R, ROWS.blocks["BLOCK_R"]) * triton.cdiv(H, ROWS.blocks["BLOCK_H"]),)](
+        part_SRH, total_SR, head.weight_VH, targets_R, rows.target_z_R, rows.logprob_R, rows.entropy_R, by_logprob_R,
+        by_entropy_R, by_kl_R, rows.target_d_R, rows.level_R, out_RH,
+        R, V, H, splits, head.weight_VH.stride(0), out_RH.stride(0), head.scale / head.temperature, slope_factor,
+        SOFTCAP=soft, LOSS=loss, BOOST=boost, **ROWS.blocks, num_warps=ROWS.warps, num_stages=ROWS.stages,
     )  # fmt: skip
 
 
