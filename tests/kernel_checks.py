@@ -158,7 +158,9 @@ def check_head(operator: Callable, case: HeadCase, device: str = "cpu") -> None:
         assert error <= bound, f"{case.name}: {name} off by {error:.2e}, torch by {own:.2e}"
     for i, name in ((2, "both"), (3, "the logprob")):
         error, own = relative_rms(found[i], want[i]), relative_rms(torchs[i], want[i])
-        bound = (min(2 * own, 3e-3) if half else 2 * own) + 2e-6
+        # bf16 rounds p and then the gradient: 2.0e-3 to 3.0e-3 were seen when both were emulated.
+        most = {torch.bfloat16: 4e-3, torch.float16: 3e-3}.get(case.hidden_NH.dtype, math.inf)
+        bound = min(2 * own, most) + 2e-6
         assert error <= bound, f"{case.name}: gradient of {name} off by {error:.2e}, torch by {own:.2e}"
     # Confident tokens: the errors relative to their own tiny sizes.
     small_N = want[0] > -1e-3

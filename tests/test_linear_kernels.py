@@ -157,6 +157,25 @@ def test_rows_without_a_coefficient_get_exactly_nothing(kernel_device):
     assert not found[~keep].any()
 
 
+@pytest.mark.parametrize("settings", [{}, dict(entropy_coef=0.1)])
+def test_a_slope_that_is_nan_spoils_its_own_row_and_no_other(kernel_device, settings):
+    """A GPU's maximum drops NaN: a row whose largest slope came from it would look as if it had none."""
+    case = head_case("", torch.float32, N=200, V=300)
+    advantage = torch.zeros(200)
+    advantage[[3, 150]] = torch.tensor([torch.nan, 1.0])  # a block of rows with nothing but the NaN in it, and another
+    hidden = case.hidden_NH.to(kernel_device).requires_grad_()
+    out = linear_policy_loss(
+        hidden, case.weight_VH.to(kernel_device), case.targets_N.to(kernel_device), old_logp_N=None,
+        advantage_N=advantage.to(kernel_device), sequence_N=torch.arange(200, device=kernel_device),
+        config=PolicyLossConfig(**settings), normaliser=Normaliser(200, 200), backend="triton",
+    )  # fmt: skip
+    out.loss.backward()
+    bad = hidden.grad.isnan().any(1).nonzero()[:, 0].tolist()
+    assert bad == [3]
+    assert out.loss.isnan()
+    assert hidden.grad[150].abs().sum() > 0
+
+
 def test_float64_is_for_the_torch_backend(kernel_device):
     case = head_case("", torch.float64, N=4, V=9)
     with pytest.raises(ValueError, match="float64 needs backend='torch'"):
@@ -238,6 +257,15 @@ def test_the_fused_loss_is_the_two_operators(kernel_device, policy, dtype, monke
     assert loss == want_loss
     assert metrics == want_metrics
     assert relative_rms(grad, want_grad.double()) <= (1e-6 if dtype is torch.float32 else 2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", POLICY_CASES, ids=[case.name for case in POLICY_CASES])
+def test_the_fused_loss_in_bf16(policy):
+    (loss, grad, metrics), (want_loss, want_grad, want_metrics) = both_losses(policy, "cuda", torch.bfloat16)
+    assert loss == want_loss
+    assert metrics == want_metrics
+    assert relative_rms(grad, want_grad.double()) <= 5e-3
 
 
 def test_the_fused_loss_under_a_softcap(kernel_device):

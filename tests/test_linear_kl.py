@@ -69,6 +69,13 @@ def test_kernels_against_float64(kernel_device, dtype, options, away):
     check(found_and_wanted(dtype, kernel_device, "triton", options, away=away, V=515), bound)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("away", [0.01, 0.3, 3.0])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_kernels_in_bf16(options, away):
+    check(found_and_wanted(torch.bfloat16, "cuda", "triton", options, away=away, V=4133), 5e-3)
+
+
 @pytest.mark.parametrize("V", [1, 2, 127, 128, 129, 300])
 def test_kernels_with_any_vocabulary(kernel_device, V):
     hidden, ref_hidden, weight, _ = inputs(torch.float32, N=5, V=max(V, 3), H=70)

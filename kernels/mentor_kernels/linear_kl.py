@@ -114,7 +114,7 @@ def _forward_triton(
         score_chunk(hidden_NH[rows], targets_N[rows], head, space, part, ref_hidden_NH[rows])
         if jacobian:
             nothing_R = torch.zeros_like(part.kl_R)
-            gradient_chunk(targets_N[rows], head, space, part, jacobian_NH[rows], nothing_R, nothing_R, one_N[rows])
+            gradient_chunk(targets_N[rows], head, space, part, jacobian_NH[rows], nothing_R, None, one_N[rows])
     return found.kl_R, jacobian_NH
 
 

@@ -309,13 +309,13 @@ JACOBIAN = {
     2: Launch(dict(BLOCK_R=128, BLOCK_H=128, BLOCK_V=64), warps=8, stages=3),
     4: Launch(dict(BLOCK_R=64, BLOCK_H=64, BLOCK_V=32), warps=8, stages=2),
 }
-# What a loss does to p before the product takes registers: fewer columns at a time, with a softcap fewer rows.
+# What an entropy's or KL's gradient does to p takes registers: fewer columns at a time, with a softcap fewer rows.
 GRADIENT = {
     2: Launch(dict(BLOCK_R=128, BLOCK_H=128, BLOCK_V=32), warps=8, stages=4),
     4: Launch(dict(BLOCK_R=64, BLOCK_H=64, BLOCK_V=32), warps=8, stages=2),
 }
 GRADIENT_UNDER_SOFTCAP = {
-    2: Launch(dict(BLOCK_R=64, BLOCK_H=128, BLOCK_V=64), warps=8, stages=3),
+    2: Launch(dict(BLOCK_R=64, BLOCK_H=128, BLOCK_V=32), warps=4, stages=4),
     4: GRADIENT[4],
 }
 FINISH = Launch(dict(BLOCK_R=16, BLOCK_T=64), warps=4, stages=1)
@@ -497,15 +497,21 @@ def _merge_divergence(
 
 @triton.jit
 def _coefficients(by_logprob_ptr, by_entropy_ptr, by_kl_ptr, row_R, row_ok):
-    """A row's largest slope, and the slopes over it: what is rounded to the head's dtype stays near 1."""
+    """A row's largest slope, and the slopes over it: what is rounded to the head's dtype stays near 1.
+
+    A slope that is NaN makes the row's all NaN; the hardware's maximum would drop it.
+    """
     by_logprob_R = tl.load(by_logprob_ptr + row_R, mask=row_ok, other=0.0)
-    by_entropy_R = tl.load(by_entropy_ptr + row_R, mask=row_ok, other=0.0)
-    size_R = tl.maximum(tl.abs(by_logprob_R), tl.abs(by_entropy_R))
-    by_kl_R = tl.zeros_like(size_R)
+    by_entropy_R = tl.zeros_like(by_logprob_R)
+    by_kl_R = tl.zeros_like(by_logprob_R)
+    if by_entropy_ptr is not None:
+        by_entropy_R = tl.load(by_entropy_ptr + row_R, mask=row_ok, other=0.0)
     if by_kl_ptr is not None:
         by_kl_R = tl.load(by_kl_ptr + row_R, mask=row_ok, other=0.0)
-        size_R = tl.maximum(size_R, tl.abs(by_kl_R))
-    over_R = tl.where(size_R > 0, size_R, 1.0)
+    size_R = tl.maximum(tl.maximum(tl.abs(by_logprob_R), tl.abs(by_entropy_R)), tl.abs(by_kl_R))
+    sum_R = by_logprob_R + by_entropy_R + by_kl_R
+    size_R = tl.where(sum_R == sum_R, size_R, float("nan"))
+    over_R = tl.where(size_R == 0, 1.0, size_R)
     return size_R, by_logprob_R / over_R, by_entropy_R / over_R, by_kl_R / over_R
 
 
@@ -533,19 +539,20 @@ def _gradient_sums(
     last = tl.minimum(first + span, V)
     row_ok, h_ok = row_R < R, h_H < H
     if LOSS:
-        row_R = tl.load(order_ptr + row_R, mask=row_ok, other=0)
+        row_R = tl.load(order_ptr + row_R, mask=row_ok, other=0).to(tl.int32)
     top_R = tl.load(top_ptr + row_R, mask=row_ok, other=0.0)
     log_total_R = tl.load(log_total_ptr + row_R, mask=row_ok, other=0.0)
     if LOSS:
         size_R, by_logprob_R, by_entropy_R, by_kl_R = _coefficients(
             by_logprob_ptr, by_entropy_ptr, by_kl_ptr, row_R, row_ok
         )
-        entropy_R = tl.load(entropy_ptr + row_R, mask=row_ok, other=0.0)
+        if by_entropy_ptr is not None:
+            entropy_R = tl.load(entropy_ptr + row_R, mask=row_ok, other=0.0)
         if by_kl_ptr is not None:
             level_R = tl.load(level_ptr + row_R, mask=row_ok, other=0.0)
-        last = tl.where(tl.max(size_R, 0) == 0, first, last)
+        last = tl.where(tl.sum((size_R != 0).to(tl.int32), 0) == 0, first, last)
 
-    at_RV = row_R.to(tl.int32)[:, None] * e_stride + v_V[None, :]
+    at_RV = row_R[:, None] * e_stride + v_V[None, :]
     weight_VH = weight_ptr + (first + v_V).to(tl.int64)[:, None] * weight_stride + h_H[None, :]
     sum_RH = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
     # Row sums as a product with ones, the least that tl.dot takes: tl.sum would need p in a second layout, and spill.
@@ -555,16 +562,21 @@ def _gradient_sums(
         m_R = tl.load(m_ptr + (v // TILE) * R + row_R, mask=row_ok, other=0.0)
         p_RV = tl.load(e_ptr + at_RV + v, mask=row_ok[:, None], other=0.0).to(tl.float32)
         shift_R = m_R - top_R - log_total_R
-        if SOFTCAP or LOSS:
+        by_R = tl.exp(shift_R) * BOOST
+        if SOFTCAP or by_entropy_ptr is not None:
             log_e_RV = tl.log(tl.where(p_RV > 0, p_RV, 1.0))
-        p_RV = p_RV * (tl.exp(shift_R) * BOOST)[:, None]
-        if LOSS:
-            log_p_RV = log_e_RV + shift_R[:, None]
-            phi_RV = by_logprob_R[:, None] + by_entropy_R[:, None] * (log_p_RV + entropy_R[:, None])
+        if by_entropy_ptr is None and by_kl_ptr is None:
+            if LOSS:  # phi is the same for the whole row
+                by_R = by_R * by_logprob_R
+            p_RV = p_RV * by_R[:, None]
+        else:
+            phi_RV = by_logprob_R[:, None]
+            if by_entropy_ptr is not None:
+                phi_RV += by_entropy_R[:, None] * (log_e_RV + (shift_R + entropy_R)[:, None])
             if by_kl_ptr is not None:
                 d_RV = tl.load(d_ptr + at_RV + v, mask=row_ok[:, None], other=0.0).to(tl.float32)
                 phi_RV -= by_kl_R[:, None] * (d_RV - level_R[:, None])
-            p_RV = p_RV * phi_RV
+            p_RV = p_RV * by_R[:, None] * phi_RV
         if SOFTCAP:
             tanh_RV = (log_e_RV + m_R[:, None]) * slope_factor
             p_RV = p_RV * (1 - tanh_RV * tanh_RV)
@@ -616,8 +628,10 @@ def _gradient_rows(
         # 1 - p without cancellation
         own_R = tl.where(logprob_R < -0.5, 1 - tl.exp(logprob_R), -_expm1_small(logprob_R))
         if LOSS:
-            entropy_R = tl.load(entropy_ptr + row_R, mask=row_ok, other=0.0)
-            own_R = by_logprob_R * own_R - by_entropy_R * tl.exp(logprob_R) * (logprob_R + entropy_R)
+            own_R = by_logprob_R * own_R
+            if by_entropy_ptr is not None:
+                entropy_R = tl.load(entropy_ptr + row_R, mask=row_ok, other=0.0)
+                own_R -= by_entropy_R * tl.exp(logprob_R) * (logprob_R + entropy_R)
             if by_kl_ptr is not None:
                 target_d_R = tl.load(target_d_ptr + row_R, mask=row_ok, other=0.0)
                 level_R = tl.load(level_ptr + row_R, mask=row_ok, other=0.0)
@@ -765,12 +779,15 @@ def gradient_chunk(
     """K3: the Jacobian of the logprobs, or with coefficients the gradient of a loss; after `score_chunk`."""
     (V, H), (R, _) = head.weight_VH.shape, out_RH.shape
     loss, half, soft = by_logprob_R is not None, out_RH.dtype is torch.float16, head.softcap is not None
-    table = (GRADIENT_UNDER_SOFTCAP if soft else GRADIENT) if loss else JACOBIAN
+    by_column = by_entropy_R is not None or by_kl_R is not None
+    table = (GRADIENT_UNDER_SOFTCAP if soft else GRADIENT) if by_column else JACOBIAN
     launch = table[out_RH.element_size()]
     order_R = None
     if loss:
-        silent_R = (by_logprob_R == 0) & (by_entropy_R == 0)
-        order_R = (silent_R if by_kl_R is None else silent_R & (by_kl_R == 0)).sort(stable=True).indices
+        silent_R = by_logprob_R == 0
+        for by_R in (by_entropy_R, by_kl_R):
+            silent_R = silent_R if by_R is None else silent_R & (by_R == 0)
+        order_R = silent_R.sort(stable=True).indices
     boost = (2.0**12 if loss else 2.0**15) if half else 1.0
     slope_factor = head.temperature / head.softcap if soft else 1.0
     blocks = triton.cdiv(R, launch.blocks["BLOCK_R"]) * triton.cdiv(H, launch.blocks["BLOCK_H"])

@@ -10,8 +10,9 @@ while its exponentials are still at hand.
 
 FLOPs, in units of one GEMM of the head: 2, an entropy bonus included, and 3 with the exact KL; the separate operators
 take 4 and 5 to 7. Rows whose coefficients are all 0 (of a silent group, a clipped token) cost nothing in K3: they go to
-the end of their chunk, and blocks of nothing else skip their GEMM. The logprobs, and without the exact KL the loss and
-the metrics, are bitwise those of the separate operators.
+the end of their chunk, and blocks of nothing else skip their GEMM. Without the exact KL the logprobs, the loss and
+the metrics are bitwise those of the separate operators; with it K1 lays its rows out otherwise on a GPU, and adds them
+in another order.
 
 gspo and the importance weights of whole sequences need all logprobs of a sequence before the first slope, and a chunk
 may cut a sequence. There, and on the torch backend, the separate operators run instead.
@@ -95,8 +96,8 @@ def _forward_fused(
             )
             w_R = w_N[rows]
             gradient_chunk(
-                targets_N[rows], head, space, part, grad_NH[rows], w_R * slope_R, w_R * -config.entropy_coef,
-                w_R * config.beta if exact else None,
+                targets_N[rows], head, space, part, grad_NH[rows], w_R * slope_R,
+                w_R * -config.entropy_coef if config.entropy_coef else None, w_R * config.beta if exact else None,
             )  # fmt: skip
     loss, _, _, metrics = forward_triton(
         found.logprob_R, old_logp_N, advantage_N, sequence_N, found.kl_R if exact else ref_logp_N, behaviour_logp_N,
