@@ -87,8 +87,9 @@ def old_logprobs(student: Student, batch: Batch, config: Config) -> torch.Tensor
     """The trainer's own logprobs [N] before the first of several updates on the same rollouts.
 
     Bit for bit those that `batch_loss` finds for the same row while the weights stay (on a GPU with the exact KL: but
-    for the order of its sums), so each ratio of the first update is exactly 1: old logprobs never come from the sampler. What the sampler disagrees with is no part of the ratio; it
-    is measured (logp_gap) and weighted (tis_cap) apart.
+    for the order of its sums), so each ratio of the first update is exactly 1: old logprobs never come from the
+    sampler. What the sampler disagrees with is no part of the ratio; it is measured (logp_gap) and weighted (tis_cap)
+    apart.
     """
     return logprobs(student, batch, temperature=config.temperature, backend=config.kernel_backend)[0]
 
