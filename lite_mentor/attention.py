@@ -64,6 +64,26 @@ def plan_attention(
 AttentionInterface.register(NAME, plan_attention)
 
 
+def as_bias(seen_QK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a query may see a key and -inf where not, in rows that begin at multiples of 16 numbers.
+
+    So PyTorch's memory-efficient kernel takes it as it is; from a bool it would make one like this in every layer.
+    """
+    Q, K = seen_QK.shape
+    bias_QK = torch.full((Q, -(-K // 16) * 16), -torch.inf, dtype=dtype, device=seen_QK.device)[:, :K]
+    return bias_QK.masked_fill_(seen_QK, 0)
+
+
+def under_bias(query, key, value, bias_QK: torch.Tensor, scaling: float) -> torch.Tensor:
+    """query [1, heads, Q, D], key and value [1, KV heads, K, D] -> [1, heads, Q, D], on CUDA.
+
+    KV heads are repeated first. Of PyTorch's fused kernels only the memory-efficient one takes a mask, and before 2.14
+    it takes no grouped heads: asked for both, most GPUs would get all scores in float32 instead.
+    """
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, bias_QK, scale=scaling)
+
+
 class PackedPlan:
     """Attention over a packed row: a forest of segments, each seeing itself causally and its ancestors entirely.
 
@@ -71,8 +91,8 @@ class PackedPlan:
     root (-1). Its tokens' keys are gathered, so a prefix that many segments share is computed once and collects all
     their gradients. On the CPU every segment is a small attention of its own; this was measured to take a sixth of
     the time of one attention under a dense [T, T] mask (a root of 250 tokens, 3 children of 60, 24 leaves of 90).
-    On CUDA, where a launch for every segment costs more than masked work, the dense mask is used, or flash-attn when
-    it is installed and nothing is shared (neither was run on a GPU).
+    On CUDA, where a launch for every segment costs more than masked work, one attention has all segments under a mask,
+    or flash-attn does it when it is installed and nothing is shared (neither was run on a GPU).
     """
 
     def __init__(self, starts: Sequence[int], parents: Sequence[int], tokens: int, device: torch.device | str = "cpu"):
@@ -87,17 +107,18 @@ class PackedPlan:
         for s, parent in enumerate(parents):
             self.paths.append([*(self.paths[parent] if parent >= 0 else []), s])
         self._masks: dict[int | None, list[torch.Tensor | None]] = {}
-        self._dense: dict[int | None, torch.Tensor] = {}
+        self._biases: dict[int | None, torch.Tensor] = {}
 
     def attend(self, layer: int, query, key, value, *, scaling: float, window: int | None = None) -> torch.Tensor:
         """query [1, heads, T, D], key and value [1, KV heads, T, D] -> [1, T, heads, D]."""
         if self.device.type == "cpu":
             out = self._by_segment(query, key, value, scaling, window)
-        elif self._flash:
+        elif self._flash and query.dtype is not torch.float32:
             return self._varlen(query, key, value, scaling, window)
         else:
-            mask = self._dense_mask(window)
-            out = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+            if window not in self._biases:
+                self._biases[window] = as_bias(self._dense_mask(window), query.dtype)
+            out = under_bias(query, key, value, self._biases[window], scaling)
         return out.transpose(1, 2)
 
     def _by_segment(self, query, key, value, scaling: float, window: int | None) -> torch.Tensor:
@@ -131,19 +152,17 @@ class PackedPlan:
 
     def _dense_mask(self, window: int | None) -> torch.Tensor:
         """bool [T, T]: may the row's token see the column's?"""
-        if window not in self._dense:
-            related = torch.zeros(len(self.paths), len(self.paths), dtype=torch.bool)
-            for s, path in enumerate(self.paths):
-                related[s, path] = True
-            lengths = torch.tensor(self.lengths)
-            segment_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(self.device)
-            offsets = torch.tensor([sum(self.lengths[a] for a in path[:-1]) for path in self.paths])
-            within_T = torch.cat([torch.arange(n) for n in self.lengths])
-            position_T = (torch.repeat_interleave(offsets, lengths) + within_T).to(self.device)
-            back_TT = position_T[:, None] - position_T
-            seen = related.to(self.device)[segment_T[:, None], segment_T] & (back_TT >= 0)
-            self._dense[window] = seen if window is None else seen & (back_TT < window)
-        return self._dense[window]
+        related = torch.zeros(len(self.paths), len(self.paths), dtype=torch.bool)
+        for s, path in enumerate(self.paths):
+            related[s, path] = True
+        lengths = torch.tensor(self.lengths)
+        segment_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(self.device)
+        offsets = torch.tensor([sum(self.lengths[a] for a in path[:-1]) for path in self.paths])
+        within_T = torch.cat([torch.arange(n) for n in self.lengths])
+        position_T = (torch.repeat_interleave(offsets, lengths) + within_T).int().to(self.device)
+        back_TT = position_T[:, None] - position_T
+        seen = related.to(self.device)[segment_T[:, None], segment_T] & (back_TT >= 0)
+        return seen if window is None else seen & (back_TT < window)
 
     @cached_property
     def _flash(self) -> bool:

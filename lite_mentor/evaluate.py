@@ -132,8 +132,9 @@ class Options:
     """Longest prompt; 0 takes the run's. BFCL's many tools need about 2,000."""
     sandbox: Literal["on", "off"] = "on"
     """off: tools of yours can read and change your files and use the network."""
-    adapters: tuple[str, ...] = ("cold_start", "adapter")
-    """Folders with PEFT adapters, within the run or anywhere; each is compared with the first. `none` is the base."""
+    adapters: tuple[str, ...] = ()
+    """Folders with PEFT adapters, within the run or anywhere; each is compared with the first. `none` is the base.
+    Nothing given: a run's cold start and its final adapter, or the student alone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -175,6 +176,7 @@ def _config(options: Options) -> Config:
         options.folder.mkdir(parents=True, exist_ok=True)
     else:
         config = load(str(options.folder / "config.json"))
+        config = replace(config, device=compute_device(config.device), out=str(options.folder))
     longest = options.max_prompt_tokens or config.max_prompt_tokens
     return replace(config, eval_suites=options.suites, eval_size=options.size, max_prompt_tokens=longest)
 
@@ -186,7 +188,7 @@ def _evaluate_all(options: Options, config: Config, engine: Engine, student: Stu
     untrained = {name: tensor.clone() for name, tensor in student.adapter_state().items()}
     temperature = options.temperature if options.samples > 1 else 0.0
     first: dict[str, dict] = {}
-    for adapter in options.adapters:
+    for adapter in options.adapters or (("none",) if options.student else ("cold_start", "adapter")):
         if adapter == "none":
             student.load_adapter_state(untrained)
         else:

@@ -37,24 +37,24 @@ def prove_fit(student: Student, config: Config) -> str:
 
 
 def fullest_row(config: Config, vocabulary: int) -> Batch:
-    """As many rollouts of full length as --micro-tokens allows, sharing nothing, all of it sampled after the prompt."""
+    """Exactly --micro-tokens in one row, as many of them sampled as can be: one prompt's rollouts, the last shorter."""
     generator = torch.Generator().manual_seed(0)
-    prompt, new = config.max_prompt_tokens, config.max_new_tokens
-    count = max(1, config.micro_tokens // (prompt + new))
-    rollouts = []
-    for index in range(count):
-        ids = torch.randint(vocabulary, (prompt + new,), generator=generator)
-        ids[0] = index  # so that no two share a prefix
-        rollouts.append(_rollout(index, ids, prompt))
-    rows = pack(rollouts, [1.0] * count, config.micro_tokens)
-    return max(rows, key=lambda row: len(row.ids_T))
+    prompt_ids = torch.randint(vocabulary, (config.max_prompt_tokens,), generator=generator)
+    left, rollouts = config.micro_tokens - len(prompt_ids), []
+    while left > 0:
+        new = min(config.max_new_tokens, left + 1)  # the last token predicts nothing and takes no room
+        left -= max(new - 1, 1)
+        ids = torch.cat([prompt_ids, torch.randint(vocabulary, (new,), generator=generator)])
+        rollouts.append(_rollout(len(rollouts), ids, len(prompt_ids)))
+    (row,) = pack(rollouts, [1.0] * len(rollouts), config.micro_tokens)
+    return row
 
 
 def _rollout(index: int, ids: torch.Tensor, prompt: int) -> Rollout:
     return Rollout(
-        example_key=str(index),
-        group=index,
-        index=0,
+        example_key="",
+        group=0,
+        index=index,
         ids=ids,
         sampled=torch.arange(len(ids)) >= prompt,
         behaviour_logp=torch.zeros(len(ids)),

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from mentor_kernels import PagedRows, paged_attention
 
+from lite_mentor.attention import as_bias, under_bias
+
 
 class PagePool:
     """`pages` pages of `page` tokens, all allocated at once. `keys` and `values` are [L, pages + 1, page, Hkv, D].
@@ -147,6 +149,7 @@ class StepPlan:
         single = [r for r, s in enumerate(spans) if s.end - s.cached == 1]
         self.single_B = starts[single].to(device)
         self.decode = DecodePlan(pool, prefix, [spans[r] for r in single], backend=backend)
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
         self.multiple = [
             (int(starts[r]), s, torch.tensor(s.pages[: pool.pages_for(s.end - s.shared)], device=device))
             for r, s in enumerate(spans)
@@ -167,11 +170,17 @@ class StepPlan:
                 [: span.end].transpose(0, 1).unsqueeze(0)
                 for cache in (keys, values)
             )  # fmt: skip
-            mask = torch.ones(new, span.end, dtype=torch.bool, device=query.device).tril(span.cached)
-            if window is not None:
-                mask = mask.triu(span.cached - window + 1)
-            got = F.scaled_dot_product_attention(
-                query[:, :, start : start + new], k, v, attn_mask=mask, scale=scaling, enable_gqa=True
-            )
+            got = self._look(query[:, :, start : start + new], k, v, start, span.cached, scaling, window)
             out_THD[start : start + new] = got[0].transpose(0, 1)
         return out_THD[None]
+
+    def _look(self, query, key, value, start: int, cached: int, scaling: float, window: int | None) -> torch.Tensor:
+        """The new tokens of one row see its `cached` ones and, causally, themselves; masks serve every layer."""
+        if (start, window) not in self._masks:
+            seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(cached)
+            seen = seen if window is None else seen.triu(cached - window + 1)
+            self._masks[start, window] = as_bias(seen, query.dtype) if query.is_cuda else seen
+        mask = self._masks[start, window]
+        if query.is_cuda:
+            return under_bias(query, key, value, mask, scaling)
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)

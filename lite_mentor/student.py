@@ -93,7 +93,9 @@ class Student:
 
     def rollout_logits(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """Logits [R, V] in float32: what is sampled agrees with what the loss's float32 head will recompute."""
-        logits_RV = self._rollout.head(hidden_RH) * self.logit_scale
+        logits_RV = self._rollout.head(hidden_RH)
+        if self.logit_scale != 1:
+            logits_RV = logits_RV * self.logit_scale
         return logits_RV if self.softcap is None else self.softcap * torch.tanh(logits_RV / self.softcap)
 
     def refresh_rollout_weights(self) -> None:
@@ -292,6 +294,8 @@ def load_student(
     Raises UserError when it cannot be had, or computes something that the trainer would not reproduce.
     """
     compute = compute_dtype(device, dtype)
+    # cuDNN's attention builds a plan for every length, which costs more than it saves where each row has another one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     with tempfile.TemporaryDirectory() as scratch, _without_bars():
         folder = tiny_student(Path(scratch)) if name == "tiny" else resolve_student(name)
         source = "random weights" if name == "tiny" else source_of(folder)
@@ -299,7 +303,8 @@ def load_student(
     if gradient_checkpointing:
         # transformers 5.23 renamed it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        # Without dropout there is no randomness to replay, and a CUDA graph could not read the generator's state.
+        enable({"use_reentrant": False, "preserve_rng_state": False})
     # Training mode, for good. Checkpointing needs it, and on a CPU bitsandbytes repacks the 4-bit weights of a module
     # in evaluation mode, in place, into a layout that has no backward: gradients would silently be wrong.
     model.train()
@@ -391,7 +396,9 @@ def _prove(student: Student) -> None:
 
 
 def compute_device(requested: str = "auto") -> str:
-    """What `auto` means on this machine; any other name stands for itself."""
+    """What `auto` means on this machine; any other name stands for itself. UserError for a GPU that is not there."""
+    if requested.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {requested}: PyTorch sees no GPU here; install its CUDA build, or use --device cpu.")
     if requested != "auto":
         return requested
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lite_mentor.attention import PackedPlan
+from lite_mentor.attention import PackedPlan, as_bias, under_bias
 from lite_mentor.errors import UserError
 from lite_mentor.student import load_student
 from lite_mentor.tiny import tiny_student
@@ -86,6 +86,9 @@ def test_both_forms_see_what_the_definition_says(forest, window):
     want = F.scaled_dot_product_attention(query, key, value, seen, scale=0.3, enable_gqa=True)
     assert got.shape == (1, tokens, 4, 8)
     torch.testing.assert_close(got, want.transpose(1, 2), atol=1e-12, rtol=0)
+    bias = as_bias(seen, query.dtype)
+    assert bias.stride(0) % 16 == 0
+    torch.testing.assert_close(under_bias(query, key, value, bias, 0.3), want, atol=1e-12, rtol=0)
 
 
 @pytest.fixture(scope="module")

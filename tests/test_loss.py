@@ -120,14 +120,27 @@ def test_metrics_of_rows_combine_to_those_of_the_step(student):
     assert whole["tokens/trained"] < many["tokens/trained"]
 
 
-def test_the_fullest_row_is_full_and_shares_nothing(student):
+def test_the_fullest_row_is_full_to_the_last_token(student):
     config = dataclasses.replace(CONFIG, max_prompt_tokens=20, max_new_tokens=10, micro_tokens=95)
     row = fullest_row(config, 300)
-    assert len(row.segment_parents) == 6  # three prompts and three tails
-    assert len(row.targets_N) == 30
-    assert len(row.ids_T) == 3 * 29  # the last token of each rollout predicts nothing
+    assert len(row.ids_T) == 95
+    assert row.segment_parents == (-1, *[0] * 9)  # one prompt
+    # The last token of each rollout predicts nothing and takes no room: 20 + 8 * 9 + 3.
+    assert row.segment_starts == (0, *range(20, 95, 9))
+    assert len(row.targets_N) == 8 * 10 + 4
     text = prove_fit(student, config)
-    assert "the fullest row (87 tokens, 30 of them sampled) fits" in text
+    assert "the fullest row (95 tokens, 84 of them sampled) fits" in text
+
+
+@pytest.mark.parametrize(("prompt", "new", "micro"), [(5, 1, 6), (5, 1, 9), (5, 2, 7), (7, 100, 107), (1, 3, 2)])
+def test_the_fullest_row_of_odd_sizes(prompt, new, micro):
+    config = dataclasses.replace(CONFIG, max_prompt_tokens=prompt, max_new_tokens=new, micro_tokens=micro)
+    row = fullest_row(config, 300)
+    assert len(row.ids_T) == (prompt if new == 1 else micro)
+
+
+def test_the_student_is_left_as_it_was(student):
+    prove_fit(student, dataclasses.replace(CONFIG, max_prompt_tokens=20, max_new_tokens=10, micro_tokens=40))
     assert all(p.grad is None for p in student.trainable())
 
 
