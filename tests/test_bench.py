@@ -185,7 +185,7 @@ def stand_ins() -> dict[str, object]:
         return (-logprob, entropy) if return_entropy else -logprob
 
     def cut(hidden, weight, targets, *, reduction, filter_eps):
-        assert filter_eps in ("auto", None)
+        assert filter_eps in ("high", None)
         return cross_entropy(hidden, weight, targets, reduction=reduction)
 
     def verl(hidden, weight, targets, temperature, reduction):

@@ -27,12 +27,13 @@ from mentor_kernels import (
     sample,
     topk_kl,
 )
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 WAITS = {
-    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
-    aten.is_nonzero.default, aten._unique2.default, aten.unique_consecutive.default,
+    aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default, aten.equal.default,
+    aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_consecutive.default,
 }  # fmt: skip
 
 
@@ -43,7 +44,10 @@ class Waits(TorchDispatchMode):
         indices = args[1] if operation in (aten.index.Tensor, aten.index_put_.default) else ()
         if operation in WAITS or any(i is not None and i.dtype is torch.bool for i in indices):
             raise AssertionError(f"{operation} waits for the GPU")
-        return operation(*args, **(kwargs or {}))
+        if operation.namespace != "mentor_kernels":
+            return operation(*args, **(kwargs or {}))
+        with self:  # what our operators are made of is looked at too
+            return OPDEFS[operation.name().removesuffix(".default")]._init_fn(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -55,8 +59,9 @@ def no_wait(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return
-    # In the interpreter alone, the operators look at the ids and refuse bad ones.
-    monkeypatch.setattr(sys.modules["mentor_kernels.linear_logprob"], "interpreted", lambda: False)
+    # In the interpreter alone, the operators look at ids and groups and refuse bad ones.
+    for module in ("linear_logprob", "group_advantage"):
+        monkeypatch.setattr(sys.modules[f"mentor_kernels.{module}"], "interpreted", lambda: False)
     with Waits():
         yield
 
@@ -141,7 +146,7 @@ def advantages(device: str, advantage: str) -> Callable[[], object]:
     group = torch.arange(B, device=device) // 4
     return lambda: group_advantage(
         tools, tools.flip(0), flags.float(), ~flags, ~flags, zeros, group,
-        config=RewardConfig(reward="mentor", advantage=advantage), backend="triton",
+        groups=2, config=RewardConfig(reward="mentor", advantage=advantage), backend="triton",
     )  # fmt: skip
 
 
@@ -185,6 +190,20 @@ def test_no_operator_waits(kernel_device, monkeypatch, case):
     if kernel_device == "cuda":
         run()  # compiling may wait
     with no_wait(kernel_device, monkeypatch):
+        run()
+
+
+def test_the_check_sees_into_our_operators(kernel_device, monkeypatch):
+    """Without the number of groups, it is read from the device."""
+    flags = torch.ones(4, dtype=torch.bool, device=kernel_device)
+    zeros = torch.zeros(4, dtype=torch.int64, device=kernel_device)
+
+    def run():
+        group_advantage(zeros[:, None], zeros[:, None], flags.float(), flags, flags, zeros, zeros,
+                        config=RewardConfig(), backend="triton")  # fmt: skip
+
+    run()
+    with pytest.raises((AssertionError, RuntimeError)), no_wait(kernel_device, monkeypatch):
         run()
 
 
