@@ -19,7 +19,7 @@ import tyro
 from mentor_kernels import linear_logprob
 from transformers import GenerationConfig
 
-from bench.step import machine
+from bench.measure import machine
 from lite_mentor.attention import PackedPlan
 from lite_mentor.engine import Engine, Sampling, Sequence
 from lite_mentor.prompt import Chat

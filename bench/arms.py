@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.arms_report import ARMS, OWN, metrics_of, write_results
-from bench.step import machine
+from bench.measure import machine
 from lite_mentor import sft
 from lite_mentor.config import Config, parse
 from lite_mentor.errors import UserError

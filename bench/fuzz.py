@@ -21,7 +21,7 @@ from random import Random
 
 from bench import attack_files, attack_text
 from bench.hostile import Target
-from bench.step import machine
+from bench.measure import machine
 from lite_mentor.errors import UserError
 
 TARGETS = {**attack_text.TARGETS, **attack_files.TARGETS}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench.step import machine
+from bench.measure import machine
 from lite_mentor.batch import pack
 from lite_mentor.config import Config, parse
 from lite_mentor.loss import sampled_hidden

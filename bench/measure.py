@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -117,6 +119,19 @@ def copy_rate(device: str, repeats: int) -> float:
     source, out = torch.rand(2, size // 8, device=device).unbind()
     out.copy_(source)
     return size / min(seconds(lambda: out.copy_(source), device) for _ in range(repeats))
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """Where and when this was measured."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip() or "unknown",
+        "device": f"{device}: {name}",
+        "cores": os.cpu_count() or 0,
+        "torch": torch.__version__,
+    }
 
 
 def dirty() -> bool | None:

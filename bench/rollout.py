@@ -23,8 +23,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
-from bench.measure import copy_rate
-from bench.step import machine
+from bench.measure import copy_rate, machine
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.rollout import noise
 from lite_mentor.student import Student, load_student
@@ -77,18 +76,26 @@ def measure(student: Student, options: argparse.Namespace, rate: float) -> dict:
         "batching": lambda: by_batching(model, prompts, results, options),
     }
     rows = {name: [] for name in ways}
+    failed: dict[str, str] = {}
     for _ in range(options.rounds + 1):
         for name, way in ways.items():
-            rows[name].append(timed(way, student.device))
+            try:
+                if name not in failed:
+                    rows[name].append(timed(way, student.device))
+            except Exception as error:  # of another library: the engine's own figures are to be had all the same
+                if name == "engine":
+                    raise
+                failed[name] = f"{type(error).__name__}: {error}"
     sampled = len(prompts) * (options.turns + 1) * options.new
-    middle = {name: middle_of(measured[1:], sampled) for name, measured in rows.items()}  # the first one warms up
+    # The first one warms up.
+    middle = {name: middle_of(measured[1:], sampled) for name, measured in rows.items() if name not in failed}
     ours = middle["engine"]
     ours["rest"] = ours["total"] - sum(ours[part] for part in PARTS)
     moved = ours["decode_steps"] * weight_bytes(student) + ours["decode_kv_bytes"]
     cache = sum(x.nbytes for x in (engine.pool.keys, engine.pool.values))
-    found = {**vars(options), "sampled": sampled, **middle, "cache_bytes": cache}
+    found = {**vars(options), "sampled": sampled, **middle, "cache_bytes": cache, "failed": failed}
     found |= {"decode_bytes": moved, "of_bandwidth": moved / rate / ours["decode"] if ours["decode"] else None}
-    for name in ("generate", "batching"):
+    for name in middle.keys() - {"engine"}:
         found[f"times_{name}"] = ours["tokens_per_s"] / middle[name]["tokens_per_s"]
     return found
 
@@ -297,12 +304,16 @@ def table(found: dict) -> str:
         "|---" * (len(parts) + 3) + "|",
     ]
     for name in ("engine", "generate", "batching"):
+        if name in found["failed"]:
+            lines.append(f"| {name} | failed: {found['failed'][name]} |")
+            continue
         row = found[name]
         split = " | ".join(f"{row[part]:.2f}" if part in row else "" for part in parts)
         lines.append(f"| {name} | {row['total']:.2f} | {row['tokens_per_s']:.1f} | {split} |")
-    ratios = f"{found['times_generate']:.2f} times generate, {found['times_batching']:.2f} times continuous batching"
+    names = {"generate": "generate", "batching": "continuous batching"}
+    ratios = ", ".join(f"{found[f'times_{n}']:.2f} times {what}" for n, what in names.items() if f"times_{n}" in found)
     batch, cache = found["prompts"] * found["group"], found["cache_bytes"] / 2**20
-    lines.append(f"\nbatch {batch}: {ratios}; the engine's cache has {cache:.0f} MiB")
+    lines.append(f"\nbatch {batch}: {ratios or 'nothing to compare with'}; the engine's cache has {cache:.0f} MiB")
     if found["of_bandwidth"] is not None:
         steps, share = found["engine"]["decode_steps"], found["of_bandwidth"]
         each = found["decode_bytes"] / steps / 2**20

@@ -16,8 +16,7 @@ from pathlib import Path
 import tyro
 
 from bench import flips, growth, kills
-from bench.measure import dirty
-from bench.step import machine
+from bench.measure import dirty, machine
 from lite_mentor.errors import UserError
 
 

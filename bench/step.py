@@ -7,17 +7,12 @@ step that users wait for. The first RL step is a warm-up; the figures are median
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
+from bench.measure import machine
 from lite_mentor.config import parse
 from lite_mentor.run import prepare
 from train import cold_start, train_step
@@ -61,16 +56,3 @@ def table(middle: dict[str, float]) -> str:
         lines.append(f"| {stage} | {seconds:.2f} | {seconds / middle['time/step']:.0%} | {rate} |")
     lines.append(f"\npeak memory {middle['memory/peak'] / 2**30:.2f} GiB")
     return "\n".join(lines)
-
-
-def machine(device: str) -> dict[str, str | int]:
-    """Where and when this was measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or "unknown",
-        "device": f"{device}: {name}",
-        "cores": os.cpu_count() or 0,
-        "torch": torch.__version__,
-    }

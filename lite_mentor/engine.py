@@ -136,7 +136,8 @@ class Engine:
         """An engine that samples from the student's rollout weights.
 
         Its pool takes `gib` GiB; with 0, what all slots need at their longest, but on a GPU at most nine tenths of the
-        memory that is free now. Raises UserError when not even one sequence of full length fits in it.
+        memory that is free now, seven with graphs, whose memory comes on top. Raises UserError when not even one
+        sequence of full length fits in it.
         """
         config = student.config
         heads = config.num_attention_heads
@@ -145,7 +146,8 @@ class Engine:
         if tokens is None:
             token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * student.dtype.itemsize
             # One page more: the spare one.
-            tokens = _affordable_tokens(token_bytes, slots * context + page, gib, student.device) - page
+            most = slots * context + page
+            tokens = _affordable_tokens(token_bytes, most, gib, student.device, 0.7 if graphs else 0.9) - page
             if tokens < context:
                 raise UserError(
                     f"The cache of keys and values can have {tokens * token_bytes / 2**30:.2f} GiB, room for {tokens} "
@@ -410,12 +412,12 @@ class Engine:
         return self.decoder.forward(ids_1T, plan.positions_T[None], plan), plan.last_R
 
 
-def _affordable_tokens(token_bytes: int, most: int, gib: float, device: torch.device) -> int:
+def _affordable_tokens(token_bytes: int, most: int, gib: float, device: torch.device, share: float) -> int:
     """As many tokens as are needed at most, or as the memory holds."""
     if gib:
         room = gib * 2**30
     elif device.type == "cuda":
-        room = 0.9 * torch.cuda.mem_get_info(device)[0]
+        room = share * torch.cuda.mem_get_info(device)[0]
     else:
         return most
     return min(most, int(room // token_bytes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -27,9 +28,9 @@ class Update:
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    """AdamW; on CUDA with bitsandbytes' paged 8-bit states, on the CPU torch's own."""
+    """AdamW; on CUDA with bitsandbytes' paged 8-bit states where it is installed, else torch's own."""
     parameters = list(parameters)
-    if parameters[0].is_cuda:
+    if parameters[0].is_cuda and importlib.util.find_spec("bitsandbytes"):
         from bitsandbytes.optim import PagedAdamW8bit
 
         return PagedAdamW8bit(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)

@@ -95,6 +95,13 @@ def test_the_choice_of_a_backend(by_triton, by_torch, chosen):
     assert line == f"    (9, 0): {chosen}; cuda: A Card, 2026-01-02, abc1234"
 
 
+def test_what_trains_decides():
+    rows = [{**row, "mode": mode} for mode, speeds in (("score", ([9.0], [1.0])), ("train", ([1.0], [1.0])))
+            for row in timed(*speeds)]  # fmt: skip
+    line = kernels.choice(rows, (9, 0), {"device": "d", "date": "t", "commit": "c"})
+    assert line == '    (9, 0): "triton",  # Triton at 1.00 of cuBLAS (1.00 to 1.00 in 1 tables); d, t, c'
+
+
 def test_no_backend_that_passed_is_no_choice():
     with pytest.raises(UserError, match=r"No backend .*: ours, triton: late; ours, torch: wrong\."):
         kernels.choice(timed([1.0, "late"], ["wrong", 1.0]), (9, 0), {})
@@ -117,7 +124,7 @@ def test_choose_measures_our_two_backends_and_ends_with_the_line(tmp_path, capsy
     flags = ["kernels", "--device", "cuda", "--shapes", "tiny", "--out", str(tmp_path)]
     assert bench_main([*flags, "--choose"]) == 0
     assert seen == [(mode, ["ours, triton", "ours, torch"], "cuda") for mode in ("score", "train", "bonus")]
-    line = '    (8, 6): "torch",  # Triton at 0.50 of cuBLAS (0.50 to 0.50 in 3 tables); cuda: A Card, now, c'
+    line = '    (8, 6): "torch",  # Triton at 0.50 of cuBLAS (0.50 to 0.50 in 1 tables); cuda: A Card, now, c'
     printed = capsys.readouterr().out
     assert printed.rstrip("\n").splitlines()[-1] == line
     assert "| ours, triton | 1000 (400 to 1100) | 2.00 |" in printed

@@ -38,6 +38,20 @@ def test_the_rollout_bench_prints_a_table_and_its_json(capsys):
     assert [line.split("|")[1].strip() for line in lines[2:5]] == ["engine", "generate", "batching"]
 
 
+def test_another_library_that_fails_leaves_the_engines_figures(capsys, monkeypatch):
+    def fails(*_):
+        raise AssertionError("no pages")
+
+    monkeypatch.setattr(rollout, "by_batching", fails)
+    main(TINY.split())
+    out = capsys.readouterr().out
+    assert "| batching | failed: AssertionError: no pages |" in out
+    row = json.loads(out.strip().splitlines()[-1])
+    assert row["failed"] == {"batching": "AssertionError: no pages"}
+    assert row["engine"]["tokens_per_s"] > 0
+    assert row["times_generate"] > 0
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_weight_is_read_once(dtype):
     """Not the embedding; and the head as it lies on a CPU, in float32."""

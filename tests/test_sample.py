@@ -165,6 +165,30 @@ def test_temperature_and_truncation_change_the_reported_logprob(draw):
     assert one(0.65, temperature=0) == (0, math.log(0.5))
 
 
+@given(
+    st.lists(st.floats(-9, 9), min_size=1, max_size=9),
+    st.integers(0, 10),
+    st.sampled_from([0.05, 0.3, 0.5, 0.9, 0.99, 1.0]),
+)
+@settings(max_examples=200, deadline=None)
+def test_what_truncation_keeps_by_its_definition(row, top_k, top_p):
+    """Walk down the tokens: at most top_k of them, until those before hold top_p; those as likely as the last, too."""
+    logits = torch.tensor([row])
+    order = sorted(range(len(row)), key=lambda v: -logits[0, v].item())[: top_k or None]
+    p = logits[0, order].softmax(0)
+    kept = [v for i, v in enumerate(order) if i == 0 or float(p.cumsum(0)[i] - p[i]) < top_p]
+    found = MODULE._truncate(logits, top_k, top_p)[0]
+    assert (found > -torch.inf).tolist() == [x >= logits[0, kept[-1]].item() for x in logits[0].tolist()]
+    assert torch.equal(found[found > -torch.inf], logits[0][found > -torch.inf])
+
+
+def test_truncation_leaves_a_nan_to_the_row_that_has_it():
+    logits = torch.tensor([[1.0, torch.nan, 0.0], [1.0, 2.0, 0.0]])
+    token, logp = sample(logits, torch.tensor([0.5, 0.5]), top_k=2, top_p=0.5)
+    assert logp.isnan().tolist() == [True, False]
+    assert token[1] == 1
+
+
 @pytest.mark.parametrize("probabilities", [[0.5, 0.2, 0.2, 0.09, 0.0099, 0.0001], [0.001, 0.999], [0.25] * 4], ids=str)
 @pytest.mark.parametrize("grid", [False, True])
 def test_frequencies_follow_the_distribution(probabilities, grid):

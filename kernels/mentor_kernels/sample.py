@@ -96,16 +96,18 @@ def _sample_torch(
 
 
 def _truncate(logits_BV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Keep the top_k tokens, then the smallest set with probability top_p; the rest become -inf."""
-    if 0 < top_k < logits_BV.shape[-1]:
-        smallest_B1 = logits_BV.topk(top_k).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, float("-inf"))
+    """Keep the top_k tokens, then the smallest set with probability top_p; the rest become -inf.
+
+    With both, only the top_k are sorted, not the vocabulary. Tokens as likely as the last one kept are kept too.
+    """
+    V = logits_BV.shape[-1]
+    best_BK = logits_BV.topk(min(top_k or V, V)).values
+    last_B1 = best_BK[:, -1:]
     if top_p < 1:
-        ordered_BV, order_BV = logits_BV.sort(descending=True)
-        before_BV = ordered_BV.softmax(-1).cumsum(-1) - ordered_BV.softmax(-1)
-        drop_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= top_p)
-        logits_BV = logits_BV.masked_fill(drop_BV, float("-inf"))
-    return logits_BV
+        p_BK = best_BK.float().softmax(-1)
+        within_BK = p_BK.cumsum(-1) - p_BK < top_p
+        last_B1 = best_BK.gather(1, within_BK.sum(1, keepdim=True).clamp(min=1) - 1)  # none is within if one is NaN
+    return logits_BV.masked_fill(logits_BV < last_B1, float("-inf"))
 
 
 # --- the Triton backend: one program a row -------------------------------------------------------------------------
