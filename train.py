@@ -12,8 +12,8 @@ This file is the algorithm: MENTOR (arXiv 2510.18383, whose own settings are --p
                then normalised in the same way over the step
     rho        pi / pi_old of a token, with pi_old the student before the step's first update; 1 in that update
     b          pi_old / pi_rollout of the token, where the sampler's arithmetic differs from the trainer's
-    loss       -1/N sum of min(b, 2) min(rho A, clip(rho, 0.8, 1.28) A), over the N tokens that the student sampled;
-               for A < 0 the inner minimum is at least 3 A (dual clip)
+    loss       -1/N sum of min(b, 2) min(rho A, clip(rho, 0.8, 1.28) A), over the N tokens that the student sampled in
+               groups that are kept; for A < 0 the inner minimum is at least 3 A (dual clip)
 
 It is GRPO, with these differences from the textbook:
 
@@ -24,7 +24,8 @@ It is GRPO, with these differences from the textbook:
     teacher model is in memory.
  3. Each reward term is normalised within its group before they are added (GDPO), so that a rare term is still heard.
     Groups in which nothing varies teach nothing: they are counted and dropped before the student's forward.
- 4. The loss is averaged over all sampled tokens of the step (DAPO), with a higher upper clip and no KL by default.
+ 4. The loss is averaged over all sampled tokens of the kept groups (DAPO), with a higher upper clip and no KL by
+    default.
  5. Rollouts come from a merged copy of the weights. What the trainer's own forward disagrees with is corrected by
     truncated importance sampling, and logged on every step.
  6. A group's prompt, and the text that describes the tools, are computed once, in sampling and in training alike.
@@ -45,7 +46,7 @@ from lite_mentor import sft
 from lite_mentor.batch import pack
 from lite_mentor.config import parse
 from lite_mentor.errors import UserError
-from lite_mentor.evaluate import compare, evaluate, suites
+from lite_mentor.evaluate import compare, evaluate
 from lite_mentor.log import Stopwatch, peak_memory_bytes
 from lite_mentor.loss import StepMetrics, batch_loss, old_logprobs
 from lite_mentor.optim import Diverged, apply_gradients, blame, learning_rate, make_optimizer, unsound
@@ -63,9 +64,10 @@ def train(run: Run) -> None:
     if start is None:
         cold_start(run)
         run.student.save_adapter(run.out / "cold_start")
-        evaluate_suites(run, 0, "cold_start")
         run.save(0)
         start = 0
+    if start == 0:
+        evaluate_suites(run, 0, "cold_start")
     with StopRequest(run) as stop:
         for step in range(start, c.steps):
             try:
@@ -188,11 +190,11 @@ def by_group(scored: Sequence[Scored], shares: int) -> list[list[Scored]]:
 def evaluate_suites(run: Run, step: int, name: str) -> None:
     """Evaluate every held-out suite, log it, and say what changed since the cold start."""
     run.refresh_rollouts()
-    for suite, examples in suites(run.config).items():
+    for suite, examples in run.held_out.items():
         result, _ = evaluate(run.engine, run.chat, examples, limits=run.limits, run_call=run.run_call)
         run.log.evaluation(step, name, suite, result)
         before = run.log.earlier_evaluation("cold_start", suite)
-        if name == "final" and before:
+        if name == "final" and before and before["keys"] == result["keys"]:
             change, low, high = compare(before, result)
             run.log.note(f"{suite}: {change:+.1%} since the cold start, 95 % interval {low:+.1%} to {high:+.1%}")
 

@@ -29,7 +29,7 @@ from bench.measure import machine
 from lite_mentor import sft
 from lite_mentor.config import Config, parse
 from lite_mentor.errors import UserError
-from lite_mentor.evaluate import evaluate, suites
+from lite_mentor.evaluate import evaluate
 from lite_mentor.log import segments
 from lite_mentor.optim import make_optimizer
 from lite_mentor.run import Run, prepare
@@ -115,7 +115,7 @@ def run_arm(arm: str, config: Config, cold: Path) -> None:
         seconds = sum(row["time/step"] for row in metrics_of(out))
         run.refresh_rollouts()
         found, shown = {}, []
-        for suite, examples in suites(run.config).items():
+        for suite, examples in run.held_out.items():
             found[suite], rollouts = evaluate(run.engine, run.chat, examples, limits=run.limits, run_call=run.run_call)
             shown += transcripts_of(run, suite, examples, rollouts, found[suite]["correct"])
             print(f"{arm} {suite}: {found[suite]['accuracy']:.1%} of {found[suite]['n']}", flush=True)

@@ -31,13 +31,13 @@ NEUTRAL = frozenset(
         "eval_every",
         "eval_suites",
         "eval_size",
-        "micro_tokens",
-        "cache_gib",
         "sandbox",
     }
 )
 """Fields that decide nothing of what is learned."""
-ROUNDING = frozenset({"steps", "backend", "gradient_checkpointing", "rollout_weights", "cuda_graphs"})
+ROUNDING = frozenset(
+    {"steps", "backend", "gradient_checkpointing", "rollout_weights", "cuda_graphs", "micro_tokens", "cache_gib"}
+)
 """Fields that change where a run ends or how its numbers are rounded, but not what it computes."""
 
 Preset = Literal["quick", "tiny", "paper", "modern", "8gb", "12gb", "16gb", "24gb"]
@@ -96,7 +96,8 @@ class Config:
     """Examples of `validation`; every other suite uses half as many."""
 
     sft_steps: int = 24
-    """Cold start: supervised steps on the teacher's records before RL; 0 leaves it to the support gate."""
+    """Cold start: supervised steps on the teacher's records before RL; 0: none. They are left out when half of the
+    untrained student's episodes hold a call that works."""
     sft_batch: int = 16
     """Teacher records in a supervised step."""
     sft_lr: float = 1e-3
@@ -160,7 +161,7 @@ class Config:
     cache_gib: float = 0.0
     """Memory for the rollouts' keys and values; 0: for all at full length, or what a GPU has free beside the update."""
     micro_tokens: int = 1024
-    """Most tokens in one packed row: this decides the memory of an update, never its result."""
+    """Most tokens in one packed row: this decides the memory of an update, and of its result only the rounding."""
 
     sandbox: Literal["on", "off"] = "on"
     """Tools of yours run without network, your files and your processes where this machine can; off: only limited."""
@@ -274,7 +275,12 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     if name not in PRESETS:
         raise UserError(f"--preset {name!r}: there is no such preset; choose one of {', '.join(PRESETS)}.")
     # A resumed run goes on under the settings that it wrote down, so that none has to be typed again.
-    default = load(os.path.join(resume, "config.json")) if resume else PRESETS[name]
+    default = PRESETS[name]
+    if resume:
+        default = load(os.path.join(resume, "config.json"))
+        default = dataclasses.replace(default, check=False, resume_anyway=False)  # of one command, not of the run
+        if _value(argv, "--out"):
+            raise UserError("--resume goes on in the run's own folder; leave --out away.")
     config = tyro.cli(Config, args=argv, default=default, prog="train.py")
     check(config)
     return config
@@ -308,6 +314,15 @@ def load(path: str) -> Config:
         raise UserError(f"{path} is not the configuration of a run of this version: {error}.") from error
 
 
+def is_config(path: str | os.PathLike[str]) -> bool:
+    """Is this file the config.json of a run, of whatever version?"""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return {"preset", "student", "task", "teacher"} <= set(json.load(file))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
 def _fits(value: Any, kind: Any) -> bool:
     """Is it a value that a field of this type may have?"""
     inner = get_args(kind)
@@ -338,6 +353,13 @@ def check(config: Config) -> None:
                 raise UserError(f"--{name.replace('_', '-')} is {part}; it must be finite.")
     if config.group_size < 2:
         raise UserError("--group-size is 1, so no rollout has another to be compared with; use 2 or more.")
+    if config.clip[0] > 1:
+        raise UserError(f"--clip {config.clip[0]} {config.clip[1]}: a ratio cannot fall below 0, so low is 1 at most.")
+    if config.loss == "gspo" and config.clip[1] > 0.01:
+        raise UserError(
+            f"--loss gspo clips the mean ratio of a sequence, which --clip {config.clip[0]} {config.clip[1]} never "
+            "reaches; give --clip 0.0003 0.0004."
+        )
     if not 0 <= config.soft_weight <= 1:
         raise UserError(f"--soft-weight is {config.soft_weight}; it is a share, from 0 to 1.")
     if config.cache_gib < 0:

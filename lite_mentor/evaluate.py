@@ -208,8 +208,10 @@ def _evaluate_all(options: Options, config: Config, engine: Engine, student: Stu
                 )  # fmt: skip
                 result = {**identity, **found}
                 done.append(result)
+                # A line that was cut short must not take the next one with it.
+                whole = not file.exists() or file.read_bytes()[-1:] in (b"", b"\n")
                 with file.open("a", encoding="utf-8") as out:
-                    out.write(json.dumps(result) + "\n")
+                    out.write(("" if whole else "\n") + json.dumps(result) + "\n")
             print(_line(adapter, suite, result, first.get(suite)), flush=True)
             first.setdefault(suite, result)
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from lite_mentor.config import is_config
 from lite_mentor.display import Display
 from lite_mentor.errors import UserError
 from lite_mentor.types import Example, Rollout, Scored
@@ -45,7 +46,10 @@ class RunLog:
         self.out = Path(out)
         with self._writing():
             self.out.mkdir(parents=True, exist_ok=True)
-            taken = [name for name in ("config.json", *LINES, "checkpoints") if (self.out / name).exists()]
+            taken = [name for name in LINES if (self.out / name).exists() and (self.out / name).stat().st_size]
+            taken += ["checkpoints"] * (self.out / "checkpoints").exists()
+            if (self.out / "config.json").exists() and not is_config(self.out / "config.json"):
+                taken.append("config.json")  # somebody else's; one of ours alone is of a start that failed
             if taken and not resume:
                 raise UserError(
                     f"{self.out} already holds a run ({taken[0]}); choose another --out, "
@@ -57,8 +61,8 @@ class RunLog:
             self._files = {name: open(self.out / name, "ab", buffering=0) for name in LINES}  # noqa: SIM115
         self._sha256 = {name: hashlib.sha256() for name in LINES}
         """Of what is in the files, once `rewind` has read them."""
-        self._display = Display(config, total_steps, quiet)
         self._tracker = _tensorboard(self.out) if config.get("track") == "tensorboard" else None
+        self._display = Display(config, total_steps, quiet)
 
     def __enter__(self) -> RunLog:
         return self

@@ -81,15 +81,21 @@ def roll_out(
     return [_finish(chat, episode) for episode in episodes]
 
 
+def prompt_of(chat: Chat, example: Example, limits: Limits) -> list[int]:
+    """The tokens of an example's prompt. Raises UserError when they are more than allowed."""
+    ids = chat.prompt_ids(example)
+    if len(ids) > limits.max_prompt_tokens:
+        raise UserError(
+            f"The prompt of example {example.key} ({example.question[:60]!r}...) has {len(ids)} tokens; "
+            f"the limit is {limits.max_prompt_tokens}. Raise --max-prompt-tokens or shorten the task."
+        )
+    return ids
+
+
 def _submit(engine, chat, examples, group_size: int, limits: Limits, seed: int, step: int) -> list[_Episode]:
     episodes = []
     for group, example in enumerate(examples):
-        ids = chat.prompt_ids(example)
-        if len(ids) > limits.max_prompt_tokens:
-            raise UserError(
-                f"The prompt of example {example.key} ({example.question[:60]!r}...) has {len(ids)} tokens; "
-                f"the limit is {limits.max_prompt_tokens}. Raise --max-prompt-tokens or shorten the task."
-            )
+        ids = prompt_of(chat, example, limits)
         for index in range(group_size):
             uniforms = noise(seed, step, example.key, index, limits.max_new_tokens)
             episodes.append(_Episode(example, group, index, engine.submit(ids, uniforms), []))

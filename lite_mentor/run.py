@@ -23,12 +23,13 @@ from lite_mentor.assets import cache_folder
 from lite_mentor.config import NEUTRAL, ROUNDING, Config
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
+from lite_mentor.evaluate import suites
 from lite_mentor.fit import prove_fit
 from lite_mentor.log import RunLog
 from lite_mentor.loss import check_backend
 from lite_mentor.optim import Guard, make_optimizer
 from lite_mentor.prompt import Chat
-from lite_mentor.rollout import Limits, limits_of
+from lite_mentor.rollout import Limits, limits_of, prompt_of
 from lite_mentor.sandbox import open_sandbox
 from lite_mentor.student import Student, compute_device, compute_dtype, load_student
 from lite_mentor.tasks import load_task
@@ -51,6 +52,8 @@ class Run:
     examples: tuple[Example, ...]
     """The training examples in the order of this run's seed."""
     by_key: Mapping[str, Example]
+    held_out: Mapping[str, Sequence[Example]]
+    """The examples of each suite that is evaluated."""
     teacher: TeacherCache
     run_call: RunCall
     limits: Limits
@@ -174,6 +177,7 @@ def prepare(config: Config) -> Iterator[Run]:
         stack.enter_context(checkpoint.lock(out))
         log = stack.enter_context(RunLog(out, config.asdict(), total_steps=config.steps, resume=bool(config.resume)))
         examples, teacher = training_examples(config, out, log.note)
+        held_out = suites(config)
         student = load_student(
             config.student,
             quant=config.quant,
@@ -186,6 +190,10 @@ def prepare(config: Config) -> Iterator[Run]:
             rollout_weights=config.rollout_weights,
         )
         log.note(student.describe())
+        chat, limits = Chat(student.tokenizer), limits_of(config)
+        seen = config.sft_steps * config.sft_batch + config.steps * config.prompts_per_step
+        for example in (*examples[:seen], *(e for suite in held_out.values() for e in suite)):
+            prompt_of(chat, example, limits)  # none may be too long, and better now than in the middle of the night
         if device != "cpu" or config.check:  # before the cache takes what the update leaves
             log.note(prove_fit(student, config))
         context = config.max_prompt_tokens + config.max_new_tokens
@@ -201,14 +209,15 @@ def prepare(config: Config) -> Iterator[Run]:
             out=out,
             log=log,
             student=student,
-            chat=Chat(student.tokenizer),
+            chat=chat,
             engine=engine,
             optimizer=make_optimizer(student.trainable(), config),
             examples=tuple(examples),
             by_key={example.key: example for example in examples},
+            held_out=held_out,
             teacher=teacher,
             run_call=caller(sandbox.call),
-            limits=limits_of(config),
+            limits=limits,
             sampling=Sampling(config.temperature, config.top_k, config.top_p),
             guard=Guard(out, log.note),
         )
@@ -224,6 +233,11 @@ def training_examples(config: Config, out: Path, note: Callable[[str], None]) ->
     examples = load_tasks(config, out)
     teacher = open_teacher(config, examples, note)
     examples = teacher.usable(examples)
+    if len(examples) < config.prompts_per_step:
+        raise UserError(
+            f"--prompts-per-step {config.prompts_per_step}: there are only {len(examples)} training examples with a "
+            "right record; lower it, or fill the teacher's cache with more."
+        )
     random.Random(config.seed).shuffle(examples)
     return examples, teacher
 
@@ -243,13 +257,18 @@ def open_teacher(config: Config, examples: Sequence[Example], note: Callable[[st
     """
     if config.teacher:
         return open_cache(Path(config.teacher))
+    if config.task.endswith((".jsonl", ".parquet")):
+        raise UserError(
+            f"--task {config.task} needs --teacher: fill a cache with python -m lite_mentor.teach --suite "
+            f"{config.task} --source endpoint --out DIR (or --source local), and name it."
+        )
     content = hashlib.sha256(" ".join(example.key for example in examples).encode()).hexdigest()
     folder = cache_folder() / "teachers" / f"{config.task}-{len(examples)}-{content[:12]}"
     if not (folder / "manifest.json").exists():
         command = [sys.executable, "-m", "lite_mentor.teach", "--suite", config.task, "--source", "oracle"]
         command += ["--size", str(config.train_size), "--levels", *map(str, config.levels), "--out", str(folder)]
         command += ["--sandbox", config.sandbox]
-        note("filling the teacher's cache: " + " ".join(command[1:]))
+        note("filling the teacher's cache: python " + " ".join(command[1:]))
         if subprocess.run(command, check=False).returncode:
             raise UserError(f"The teacher's cache {folder} could not be filled; what was wrong stands above.")
     return open_cache(folder)

@@ -14,6 +14,7 @@ import torch
 
 from lite_mentor.batch import pack
 from lite_mentor.config import Config
+from lite_mentor.errors import UserError
 from lite_mentor.loss import logprobs, teacher_kl
 from lite_mentor.optim import Guard, apply_gradients, blame, learning_rate
 from lite_mentor.prompt import Chat
@@ -35,8 +36,15 @@ def support(rollouts: Sequence[Rollout]) -> float:
 def teacher_rollouts(
     chat: Chat, examples: Sequence[Example], teacher: Mapping[str, TeacherRecord], end_id: int, config: Config
 ) -> list[Rollout]:
-    """The records of these examples as the cold start reads them."""
-    return [teacher_rollout(chat, e, teacher[e.key], end_id, config.max_result_tokens) for e in examples]
+    """The records of these examples as the cold start reads them. UserError for one that no packed row can hold."""
+    found = [teacher_rollout(chat, e, teacher[e.key], end_id, config.max_result_tokens) for e in examples]
+    for rollout in found:
+        if len(rollout.ids) - 1 > config.micro_tokens:
+            raise UserError(
+                f"The teacher's record of example {rollout.example_key} has {len(rollout.ids)} tokens, but a row takes "
+                f"{config.micro_tokens}; raise --micro-tokens, or fill a cache with shorter records."
+            )
+    return found
 
 
 def teacher_rollout(

@@ -93,11 +93,13 @@ def fill(options: Options, examples: Sequence[Example], ask: Ask) -> None:
     with append_to(options.out, manifest) as cache, Progress(disable=not sys.stdout.isatty()) as progress:
         todo = list({e.key: e for e in examples if e.key not in cache.done}.values())
         task = progress.add_task(f"{manifest.teacher} on {options.suite}", total=len(todo))
-        with contextlib.closing(ask(todo)) as records:
-            for record in records:
-                cache.append(record)
-                progress.advance(task)
-        cache.publish()
+        try:
+            with contextlib.closing(ask(todo)) as records:
+                for record in records:
+                    cache.append(record)
+                    progress.advance(task)
+        finally:
+            cache.publish()
     total, correct = len(cache.done), sum(cache.done.values())
     print(f"{options.out}: {total} records, {len(todo)} of them new; {correct} correct, {total - correct} rejected")
 
@@ -188,6 +190,7 @@ class Endpoint:
         self.client = openai.OpenAI(base_url=options.base_url, api_key=key, max_retries=RETRIES, timeout=600)
         self.openai, self.options, self.run = openai, options, run
         self._turnstile, self._next = threading.Lock(), 0.0
+        self._answered = False
 
     def ask_all(self, examples: Sequence[Example]) -> Generator[TeacherRecord, None, None]:
         """Records as they are finished, `concurrency` at a time.
@@ -238,7 +241,8 @@ class Endpoint:
                 calls.append(ran)
                 messages.append({"role": "tool", "content": ran.result})
                 asked.append({"role": "tool", "tool_call_id": call["id"], "content": ran.result})
-        return record_of(example, teacher_name(self.options), messages, calls, answer)
+        said_something = messages or [{"role": "assistant", "content": ""}]  # refused at once: a wrong record
+        return record_of(example, teacher_name(self.options), said_something, calls, answer)
 
     def _turn(self, asked: list[dict[str, Any]], example: Example) -> tuple[dict[str, Any] | None, bool]:
         """What `read_turn` says of the next turn; (None, False) when the server will not go on with what it began."""
@@ -252,9 +256,12 @@ class Endpoint:
                 temperature=self.options.temperature,
                 **limit,
             )
-            return read_turn(completion)
+            turn = read_turn(completion)
+            self._answered = True
+            return turn
         except self.openai.OpenAIError as error:
-            if isinstance(error, self.openai.BadRequestError) and len(asked) > 1:  # it outgrew the server's context
+            # It outgrew the server's context, or a filter; a server that never answered is not asked rightly.
+            if isinstance(error, self.openai.BadRequestError) and (len(asked) > 1 or self._answered):
                 print(f"example {example.key} ends early, the server refused its next turn: {error}", file=sys.stderr)
                 return None, False
             raise UserError(

@@ -104,8 +104,9 @@ class TeacherCache(Mapping[str, TeacherRecord]):
         """Raise UserError unless the teacher was asked every one of the examples, whatever it answered."""
         missing = [e for e in examples if e.key not in self._records and e.key not in self._wrong]
         if missing:
+            other = "is not complete" if len(missing) < len(examples) else "is for other tasks"
             raise UserError(
-                f"The teacher's cache {self.path} is for other tasks: {len(missing)} of {len(examples)} examples have "
+                f"The teacher's cache {self.path} {other}: {len(missing)} of {len(examples)} examples have "
                 f"no record, the first being {missing[0].key} ({missing[0].question[:60]!r}); it was filled by "
                 f"`{self.manifest.refill(self.path)}`: run that with the tasks of this run."
             )

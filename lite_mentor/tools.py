@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import math
+import numbers
 import re
 import types
 import typing
@@ -181,6 +182,7 @@ def run_call(
         known = ", ".join(tool.name for tool in tools)
         text = f"Error: there is no tool {_clip(name, 40)!r}. The tools are {known}."
         return _call(name, arguments, raw, "unknown_tool", text)
+    arguments = {k: v for k, v in arguments.items() if v is not None or k not in _nullable(spec)}
     problem = _schema_problem(spec, arguments)
     if problem:
         return _call(name, arguments, raw, "bad_arguments", f"Error: {problem}. Use {_usage(spec)}.")
@@ -202,6 +204,12 @@ def run_call(
         return _call(name, arguments, raw, "error", "Error: there is no such number.")
 
 
+def _nullable(spec: ToolSpec) -> set[str]:
+    """Arguments whose default is null: for them, null is the argument left out."""
+    required, properties = spec.parameters.get("required", ()), spec.parameters.get("properties", {})
+    return {name for name, schema in properties.items() if name not in required and "default" not in schema}
+
+
 def played(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
     """The calls that worked, which are a world's state, as JSON."""
     return [{"name": call.name, "arguments": dict(call.arguments)} for call in calls if call.status == "ok"]
@@ -211,8 +219,10 @@ def result_text(value: Any, limit: int = MAX_RESULT_CHARS) -> str:
     """A tool's result as a student should read and copy it: 12 and not 12.0, at most about ten digits, short."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, (int, float, Decimal)):
-        return number_text(Decimal(repr(value)) if isinstance(value, float) else Decimal(value))
+    if isinstance(value, (numbers.Integral, Decimal)):
+        return number_text(Decimal(value if isinstance(value, Decimal) else int(value)))
+    if isinstance(value, numbers.Real):  # numpy's and others' too
+        return number_text(Decimal(repr(float(value))))
     if isinstance(value, (list, tuple)):
         return _clip(", ".join(result_text(item) for item in value), limit)
     return _clip(value if isinstance(value, str) else repr(value), limit)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 
 import pytest
 
-from lite_mentor.config import PRESETS, Config, check, load, parse
+from lite_mentor.config import PRESETS, Config, check, is_config, load, parse
 from lite_mentor.errors import UserError
 
 
@@ -128,7 +129,39 @@ def test_a_config_json_that_lacks_a_field_or_is_nested_too_deeply_is_one_sentenc
 
 def test_hash_ignores_what_does_not_change_the_learning():
     base = PRESETS["tiny"]
-    assert (
-        base.hash() == dataclasses.replace(base, out="elsewhere", eval_size=7, micro_tokens=9999, sandbox="off").hash()
-    )
+    assert base.hash() == dataclasses.replace(base, out="elsewhere", eval_size=7, save_every=99, sandbox="off").hash()
     assert base.hash() != dataclasses.replace(base, lr=1e-5).hash()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--clip", "1.5", "0.2"], "--clip 1.5 0.2: a ratio cannot fall below 0, so low is 1 at most."),
+        (["--loss", "gspo"], "which --clip 0.2 0.28 never reaches; give --clip 0.0003 0.0004."),
+    ],
+)
+def test_a_clip_that_cannot_be_or_never_holds(flags, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        parse(flags)
+    assert parse(["--loss", "gspo", "--clip", "0.0003", "0.0004"]).loss == "gspo"
+
+
+def test_a_resumed_run_stays_where_it_is_and_forgets_what_only_one_command_meant(tmp_path):
+    config = dataclasses.replace(PRESETS["tiny"], check=True, resume_anyway=True, lr=0.25)
+    (tmp_path / "config.json").write_text(json.dumps(config.asdict()))
+    again = parse(["--resume", str(tmp_path)])
+    assert (again.check, again.resume_anyway, again.lr) == (False, False, 0.25)
+    with pytest.raises(UserError, match="leave --out away"):
+        parse(["--resume", str(tmp_path), "--out", "elsewhere"])
+
+
+def test_what_is_the_configuration_of_a_run(tmp_path):
+    path = tmp_path / "config.json"
+    assert not is_config(path)
+    for text, is_one in (
+        (json.dumps(PRESETS["tiny"].asdict()), True),
+        ('{"model_type": "llama"}', False),
+        ("[", False),
+    ):
+        path.write_text(text)
+        assert is_config(path) is is_one

@@ -19,7 +19,20 @@ from lite_mentor.prompt import Chat
 from lite_mentor.run import training_examples
 from lite_mentor.student import load_student
 
-FLAGS = ["--preset", "tiny", "--sft-steps", "3", "--sft-batch", "4", "--train-size", "24", "--lora-rank", "8"]
+FLAGS = [
+    "--preset",
+    "tiny",
+    "--sft-steps",
+    "3",
+    "--sft-batch",
+    "4",
+    "--train-size",
+    "24",
+    "--lora-rank",
+    "8",
+    "--prompts-per-step",
+    "8",
+]
 
 
 @pytest.fixture(scope="module")

@@ -346,6 +346,14 @@ def test_what_is_not_a_right_answer_is_rejected(ask, script, answer):
     assert (len(cache), cache.rejected) == (0, 1)
 
 
+def test_one_question_that_the_server_refuses_does_not_hold_up_the_others(ask):
+    """A content filter, or a question that is too long: a wrong record, once the server has answered anything."""
+    status, out, _ = ask({"Q": [reply("\\boxed{7}")], "R": [(400, REFUSED)]}, "--concurrency", "1")
+    assert status == 0
+    cache = open_cache(out)
+    assert (len(cache), cache.rejected) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

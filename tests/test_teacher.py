@@ -322,7 +322,7 @@ def test_covers_counts_what_is_missing_and_usable_keeps_what_is_correct(tmp_path
     cache.covers(abc)
     assert [e.key for e in cache.usable(abc)] == ["a", "c"]
     for method in (cache.covers, cache.usable):
-        with pytest.raises(UserError, match="is for other tasks: 2 of 4 examples have no record, the first being x "):
+        with pytest.raises(UserError, match="is not complete: 2 of 4 examples have no record, the first being x "):
             method([example("a"), example("x"), example("b"), example("y")])
     with pytest.raises(UserError, match=r"\(endpoint:m\) answered none of the 1 examples correctly"):
         cache.usable([example("b")])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Literal
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -253,6 +255,20 @@ def test_a_path_tool_goes_to_the_worker_with_checked_arguments():
         run_call('{"name": "times", "arguments": {"n": 1}}', [spec])
 
 
+def test_null_for_an_argument_that_may_be_null_is_that_argument_left_out():
+    spec, sent = tool_spec(convert, path="mine:convert"), []
+
+    def take(path, arguments):
+        sent.append(arguments)
+        return "ok", "1"
+
+    whole = {"amount": 1, "unit": "m", "tags": []}
+    for note in ({}, {"note": None}, {"note": "n"}):
+        assert run_call(render_call("convert", whole | note), [spec], run_path=take).status == "ok"
+    assert sent == [whole, whole, whole | {"note": "n"}]
+    assert run_call(render_call("convert", whole | {"exact": None}), [spec], run_path=take).status == "bad_arguments"
+
+
 def test_a_long_result_is_cut_where_it_can_be_seen():
     spec = tool_spec(convert, path="mine:convert")
     raw = render_call("convert", {"amount": 1, "unit": "m", "tags": []})
@@ -265,6 +281,7 @@ def test_a_long_result_is_cut_where_it_can_be_seen():
 @pytest.mark.parametrize(
     ("value", "text"),
     [
+        (np.float64(1.5), "1.5"), (np.float32(0.25), "0.25"), (np.int64(3), "3"), (Fraction(1, 4), "0.25"),
         (12.0, "12"), (True, "true"), (None, "None"), ("as it is", "as it is"), ([1, 2.50], "1, 2.5"),
         (10**20 - 1, "9" * 20),
         (10**20, "1e20"), (123456789012.5, "123456789012.5"), (1e-7, "0.0000001"), (1.5e-12, "1.5e-12"), (-0.0, "0"),

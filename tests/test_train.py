@@ -127,6 +127,35 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(straight, tmp_path, monke
     assert same[0] == same[1]
 
 
+def test_a_run_that_stops_in_its_first_evaluation_keeps_the_cold_start(straight, tmp_path, monkeypatch):
+    def stops(*_, **__):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "stopped"
+    monkeypatch.setattr(train, "evaluate", stops)
+    assert run(out, "--steps", "4", "--save-every", "50", "--temperature", "1.5") == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "cold_start", stops)  # is not taken again
+    assert train.main(["--resume", str(out)]) == 0
+    for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
+        assert rows(straight / name) == rows(out / name), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--eval-suites", "validaton"), "There is no task suite 'validaton'"),
+        (("--max-prompt-tokens", "30"), "tokens; the limit is 30. Raise --max-prompt-tokens"),
+        (("--prompts-per-step", "999"), "there are only 60 training examples"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_first_step(capsys, tmp_path, flags, sentence):
+    out = tmp_path / "r"
+    assert sentence in complaint(capsys, *flags, "--out", str(out))
+    # The command, put right, may name the same folder.
+    assert "already holds a run" not in complaint(capsys, "--task", "nothing", "--out", str(out))
+
+
 def test_check_proves_that_the_fullest_row_fits_and_changes_nothing(tmp_path, capsys):
     assert run(tmp_path / "check", "--check") == 0
     text = capsys.readouterr().out

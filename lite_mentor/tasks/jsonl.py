@@ -203,8 +203,9 @@ def _user_tool(path: str) -> ToolSpec:
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
-        raise _BadRow(f"the tool {path} cannot be imported ({error}); is its folder on PYTHONPATH?") from error
+    except Exception as error:  # whatever a stranger's module raises when it is imported
+        why = f"{type(error).__name__}: {error}"
+        raise _BadRow(f"the tool {path} cannot be imported ({why}); is its folder on PYTHONPATH?") from error
     if not callable(function):
         raise _BadRow(f"the tool {path} is not a function")
     try:
