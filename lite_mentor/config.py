@@ -168,7 +168,8 @@ class Config:
     save_every: int = 9
     """Steps between checkpoints."""
     eval_every: int = 0
-    """Steps between evaluations during RL, with a checkpoint each; the best on `validation` is kept. 0: no such."""
+    """Steps between evaluations during RL, with a checkpoint each; the best on `validation` is kept, and its adapter in
+    the folder `best`. 0: no such."""
     track: Literal["none", "tensorboard"] = "none"
     """Also write every number of metrics.jsonl to TensorBoard files in the run's folder (extra `track`)."""
 

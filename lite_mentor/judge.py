@@ -147,9 +147,11 @@ _NO_UNIT = (  # words that change the number before them
     r"thousand|million|billion|trillion|half|halves|(?:third|quarter|fourth|fifth|sixth|eighth|tenth|hundredth|"
     r"thousandth)s?)\b"
 )
+_SHORT_UNIT = r"(?:[ckm]?m|[km]?g|m?l|m?s|h|hr|min)(?:\^\{?[23]\}?|[²³])?"
 _UNIT = re.compile(
     rf"(?:\s*\\(?:text|mathrm|mbox)\s*\{{(?:\s*(?!{_NO_UNIT})\b[A-Za-z]+\.?)*\s*\}}(?:\^\{{?[23]\}}?)?"
-    rf"|(?:\s+(?!{_NO_UNIT})(?:[A-Za-z]{{3,}}|of|[ckm]?m(?:\^\{{?[23]\}}?)?))+|\s*°)$",
+    rf"|(?:\s+(?!{_NO_UNIT})(?:of|(?:[A-Za-z]{{3,}}|{_SHORT_UNIT})(?:/(?!{_NO_UNIT})(?:{_SHORT_UNIT}|[A-Za-z]{{3,}}))?))+"
+    r"|\s*°[CF]?)$",
     re.IGNORECASE,
 )
 _NUMERAL = re.compile(r"[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+")

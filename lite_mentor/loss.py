@@ -130,8 +130,10 @@ class StepMetrics:
         """Take in one row; returns the names of its values that are not finite."""
         self._tokens += len(batch.ids_T)
         wrong = []
-        for name, value in {"loss": out.loss.detach(), **out.metrics}.items():
-            name, value = _NAMES.get(name, name), value.item()
+        values = {"loss": out.loss.detach(), **out.metrics}
+        numbers = torch.stack([value.float() for value in values.values()]).tolist()  # waits for the GPU once
+        for name, value in zip(values, numbers, strict=True):
+            name = _NAMES.get(name, name)
             if not math.isfinite(value):
                 wrong.append(name)
             if name.endswith("max"):

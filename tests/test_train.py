@@ -156,6 +156,21 @@ def test_what_cannot_work_is_said_before_the_first_step(capsys, tmp_path, flags,
     assert "already holds a run" not in complaint(capsys, "--task", "nothing", "--out", str(out))
 
 
+def test_evaluations_on_the_way_keep_the_best_adapter(tmp_path, monkeypatch):
+    accuracies = iter([0.0, 0.5, 0.25, 0.25])  # after the cold start, steps 1 and 2, at the end
+    real = train.evaluate
+
+    def evaluate(*args, **how):
+        result, rollouts = real(*args, **how)
+        return {**result, "accuracy": next(accuracies)}, rollouts
+
+    kept = []
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(Student, "save_adapter", lambda self, path: kept.append(path.name))
+    assert run(tmp_path / "r", "--steps", "3", "--eval-every", "1", "--eval-suites", "validation") == 0
+    assert kept == ["cold_start", "best", "adapter"]
+
+
 def test_check_proves_that_the_fullest_row_fits_and_changes_nothing(tmp_path, capsys):
     assert run(tmp_path / "check", "--check") == 0
     text = capsys.readouterr().out
