@@ -46,7 +46,7 @@ from lite_mentor import sft
 from lite_mentor.batch import pack
 from lite_mentor.config import parse
 from lite_mentor.errors import UserError
-from lite_mentor.evaluate import compare, evaluate
+from lite_mentor.evaluate import evaluate
 from lite_mentor.log import Stopwatch, peak_memory_bytes
 from lite_mentor.loss import StepMetrics, batch_loss, old_logprobs
 from lite_mentor.optim import Diverged, apply_gradients, blame, learning_rate, make_optimizer, unsound
@@ -54,6 +54,7 @@ from lite_mentor.report import write_report
 from lite_mentor.reward import score, summarise
 from lite_mentor.rollout import roll_out
 from lite_mentor.run import Run, prepare
+from lite_mentor.statistics import compare
 from lite_mentor.types import Scored
 
 
@@ -195,9 +196,10 @@ def evaluate_suites(run: Run, step: int, name: str) -> None:
     for suite, examples in run.held_out.items():
         result, _ = evaluate(run.engine, run.chat, examples, limits=run.limits, run_call=run.run_call)
         run.log.evaluation(step, name, suite, result)
-        before = run.log.earlier_evaluation("cold_start", suite)
-        if name == "final" and before and before["keys"] == result["keys"]:
-            change, low, high = compare(before, result)
+        before = run.log.earlier_evaluation("cold_start", suite) if name == "final" else None
+        difference = compare(before, result) if before else None
+        if difference:
+            change, low, high = difference
             run.log.note(f"{suite}: {change:+.1%} since the cold start, 95 % interval {low:+.1%} to {high:+.1%}")
 
 

@@ -234,7 +234,6 @@ def check_config(case: dict[str, Any], folder: Path) -> None:
             copy = folder / "copy.json"
             copy.write_text(json.dumps(found.asdict()))
             assert load(str(copy)) == found
-            assert len(found.hash()) == 16
     except SystemExit as stop:
         end = stop.code
     assert end is None or (err if end else out).getvalue().strip()
@@ -248,7 +247,7 @@ def _files() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         tensors = {"adapter": {"w": torch.arange(6.0).view(2, 3), "b": torch.zeros(3, dtype=torch.bfloat16)}}
         state = {"cursor": 3, "rng": [1, [2, 3], None], "text": "ü"}
-        path = checkpoint.save(Path(folder), 1, tensors=tensors, state=state, config_hash="h", keep=1)
+        path = checkpoint.save(Path(folder), 1, tensors=tensors, state=state, keep=1)
         return {file.name: file.read_bytes() for file in path.iterdir()}
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from lite_mentor.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 _STEP = re.compile(r"step-(\d{6,})")
 _FILE = re.compile(r"[a-z0-9_]+\.(safetensors|json)")
 
@@ -59,7 +59,6 @@ def save(
     *,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
-    config_hash: str,
     keep: int,
     spare: int | None = None,
 ) -> Path:
@@ -70,7 +69,7 @@ def save(
     """
     files = {f"{group}.safetensors": safetensors.torch.save(_owned(part)) for group, part in tensors.items()}
     files["state.json"] = json.dumps(state, allow_nan=False).encode()
-    manifest = _manifest(step, files, config_hash)
+    manifest = _manifest(step, files)
     folder = Path(root) / "checkpoints"
     target = folder / f"step-{step:06d}"
     temporary = folder / f".tmp-{step:06d}-{os.getpid()}"
@@ -171,9 +170,9 @@ def _read_manifest(path: Path) -> dict:
             raise _Unsound(f"MANIFEST.json is that of step {manifest['step']}")
         # These are shown to the user, who has a terminal.
         versions = manifest["versions"]
-        shown = [manifest["config_hash"], *versions, *(v for v in versions.values() if v is not None)]
+        shown = [*versions, *(v for v in versions.values() if v is not None)]
         if not all(isinstance(text, str) and text.isprintable() for text in shown):
-            raise _Unsound("MANIFEST.json does not say under which settings and versions it was written")
+            raise _Unsound("MANIFEST.json does not say under which versions it was written")
         if not all(
             _FILE.fullmatch(name) and isinstance(entry, dict) and {*entry} == {"size", "sha256"}
             for name, entry in manifest["files"].items()
@@ -184,11 +183,10 @@ def _read_manifest(path: Path) -> dict:
     return manifest
 
 
-def _manifest(step: int, files: Mapping[str, bytes], config_hash: str) -> dict:
+def _manifest(step: int, files: Mapping[str, bytes]) -> dict:
     manifest = {
         "format": FORMAT,
         "step": step,
-        "config_hash": config_hash,
         "versions": versions(),
         "files": {
             name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}

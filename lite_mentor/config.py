@@ -6,7 +6,6 @@ The object that `parse` returns is the object the run uses and the object that `
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -186,11 +185,6 @@ class Config:
     def asdict(self) -> dict:
         """Every field, as JSON can hold it."""
         return dataclasses.asdict(self)
-
-    def hash(self) -> str:
-        """Of the fields that decide what is learned: two runs with equal hashes may continue each other."""
-        decisive = {k: v for k, v in self.asdict().items() if k not in NEUTRAL}
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
 _PAPER = dict(

@@ -28,7 +28,7 @@ from lite_mentor.judge import is_right
 from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.rollout import Limits, limits_of, messages_of, roll_out
 from lite_mentor.sandbox import open_sandbox
-from lite_mentor.statistics import bootstrap_mean, paired_bootstrap, pass_at_k, tool_statistics, wilson
+from lite_mentor.statistics import bootstrap_mean, compare, pass_at_k, tool_statistics, wilson
 from lite_mentor.student import Student, compute_device, load_student
 from lite_mentor.tasks import bfcl, load_suite, load_task
 from lite_mentor.tools import RunCall, caller, run_call
@@ -88,13 +88,6 @@ def evaluate(
         **tool_statistics(rollouts, _gold_tools(examples)),
     }
     return result, rollouts
-
-
-def compare(before: dict, after: dict) -> tuple[float, float, float]:
-    """(difference, low, high) of accuracy, by paired bootstrap over the same examples."""
-    if before["keys"] != after["keys"]:
-        raise ValueError("the two evaluations were not made on the same examples")
-    return paired_bootstrap(before["correct"], after["correct"])
 
 
 def _is_right(chat: Chat, rollout: Rollout, example: Example) -> bool:
@@ -240,8 +233,9 @@ def _line(adapter: str, suite: str, result: dict, first: dict | None) -> str:
     low, high = result["ci95"]
     text = f"{suite} {adapter}: {result['accuracy']:.1%} of {result['n']} (95 % interval {low:.1%} to {high:.1%})"
     text += "".join(f"; {key} {value:.1%}" for key, value in result.items() if key.startswith("pass@"))
-    if first is not None and result["samples"] == 1:
-        change, low, high = compare(first, result)
+    difference = compare(first, result) if first is not None and result["samples"] == 1 else None
+    if difference:
+        change, low, high = difference
         text += f"; change {change:+.1%} (paired bootstrap {low:+.1%} to {high:+.1%})"
     return text
 

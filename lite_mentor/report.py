@@ -16,7 +16,7 @@ from lite_mentor.charts import interval, line_chart, stacked_chart
 from lite_mentor.errors import UserError
 from lite_mentor.log import RunFiles, is_number, read_run
 from lite_mentor.page import escape, render
-from lite_mentor.statistics import paired_bootstrap
+from lite_mentor.statistics import compare
 from lite_mentor.types import CALL_STATUSES, STOP_REASONS
 
 MOST_TEXT = 20_000
@@ -75,7 +75,7 @@ def _change(rows: Sequence[Mapping[str, Any]]) -> str:
     if len(rows) == 1:
         return f"{suite}: {result} right at {escape(_label(after))}, of {after['n']} examples."
     start = f"{_percent(before['accuracy'])} {_range(before)}"
-    difference = _difference(before, after)
+    difference = compare(before, after)
     if difference is None:
         return f"{suite}: from {start} to {result}, on different examples, so the two cannot be paired."
     change, low, high = difference
@@ -105,7 +105,7 @@ def accuracy_table(files: RunFiles) -> str:
             else:
                 strip = interval(row["ci95"][0], row["accuracy"], row["ci95"][1], index)
                 cells.append(f"<td><b>{_percent(row['accuracy'])}</b> <small>{_range(row)}</small>{strip}</td>")
-        difference = _difference(rows[0], rows[-1]) if len(rows) > 1 else None
+        difference = compare(rows[0], rows[-1]) if len(rows) > 1 else None
         change = "-"
         if difference:
             change = (
@@ -257,12 +257,6 @@ def _stages(files: RunFiles) -> list[str]:
 
 def _label(row: Mapping[str, Any]) -> str:
     return row["name"].replace("_", " ") if row["name"] != "step" else f"step {row['step']}"
-
-
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, float, float] | None:
-    if before["keys"] != after["keys"] or not before["correct"]:
-        return None
-    return paired_bootstrap(before["correct"], after["correct"])
 
 
 def _number(row: Mapping[str, Any], key: str) -> float | None:

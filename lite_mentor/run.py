@@ -82,7 +82,6 @@ class Run:
             tensors={"adapter": self.student.adapter_state(), "optimizer": optimizer, "rng": rng},
             state=state
             | {"refused_in_a_row": self.guard.in_a_row, "config": self.config.asdict(), "identity": self.identity()},
-            config_hash=self.config.hash(),
             keep=2,
             spare=self.log.best_step("validation") if self.config.eval_every else None,
         )
@@ -230,7 +229,10 @@ def slots(config: Config) -> int:
 
 def training_examples(config: Config, out: Path, note: Callable[[str], None]) -> tuple[list[Example], TeacherCache]:
     """The examples of which the teacher has usable records, in the order of this run's seed; and the cache."""
-    examples = load_tasks(config, out)
+    examples = load_task(
+        config.task, split="train", size=config.train_size, seed=0, levels=config.levels,
+        quarantine=out / "quarantine.jsonl",
+    )  # fmt: skip
     teacher = open_teacher(config, examples, note)
     examples = teacher.usable(examples)
     if len(examples) < config.prompts_per_step:
@@ -240,14 +242,6 @@ def training_examples(config: Config, out: Path, note: Callable[[str], None]) ->
         )
     random.Random(config.seed).shuffle(examples)
     return examples, teacher
-
-
-def load_tasks(config: Config, out: Path) -> list[Example]:
-    """The training examples: a built-in suite, or the user's own file."""
-    return load_task(
-        config.task, split="train", size=config.train_size, seed=0, levels=config.levels,
-        quarantine=out / "quarantine.jsonl",
-    )  # fmt: skip
 
 
 def open_teacher(config: Config, examples: Sequence[Example], note: Callable[[str], None]) -> TeacherCache:

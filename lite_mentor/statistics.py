@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,13 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     # At the ends the exact bound is 0 or 1; rounding must not push it past the share itself.
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    """(difference of accuracy, low, high) of two evaluations of the same examples; None when they are not the same."""
+    if before["keys"] != after["keys"] or not before["correct"]:
+        return None
+    return paired_bootstrap(before["correct"], after["correct"])
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

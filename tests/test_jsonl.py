@@ -172,7 +172,7 @@ def test_a_published_row_becomes_an_example(read):
     assert example.answer == ("5", "5.0")
     assert [tool.name for tool in example.tools] == ["add", "sqrt"]
     assert (example.checker, example.suite) == ("math", "math")
-    assert example.meta == {"tool_calls_used": ("add", "sqrt")}
+    assert example.meta == {}
 
 
 def test_published_rows_with_other_tools_are_set_aside_and_are_no_fault_of_the_file(read, quarantined):

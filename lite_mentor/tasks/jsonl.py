@@ -14,7 +14,7 @@ Ours:
 A module named in `tools` is imported here, to read the function's signature; calls of it run in a worker process.
 
 The published MENTOR data: `question`, `reward_model.ground_truth`, `extra_info.func_schemas`, and optionally
-`tool_calls_used` and `data_source`. Rows whose functions are all among our calculators are read, others set aside;
+`data_source`. Rows whose functions are all among our calculators are read, others set aside;
 the code that such rows carry is never run.
 """
 
@@ -222,14 +222,12 @@ def _published_example(row: Mapping[str, Any], suite: str) -> Example:
     missing = [name for name in names if name not in ours]
     if missing:
         raise _Unsupported(f"its tool {missing[0][:40]!r} is none of the calculators")
-    used = row.get("tool_calls_used")
     source = row.get("data_source")
     return make_example(
         row["question"],
         answers,
         [ours[name] for name in dict.fromkeys(names)],
         suite=source if isinstance(source, str) and source else suite,
-        tool_calls_used=tuple(used) if isinstance(used, list) else (),
     )
 
 
