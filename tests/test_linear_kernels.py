@@ -136,7 +136,7 @@ def test_a_target_outside_the_vocabulary_is_not_a_number(kernel_device):
     targets = case.targets_N.clone()
     targets[1], targets[4] = 300, -1
     inputs = [x.to(kernel_device) for x in (case.hidden_NH, case.weight_VH, targets)]
-    logprob_N, entropy_N, _, jacobian_NH = _forward_triton(*inputs, 1.0, None, 1.0, True)
+    logprob_N, entropy_N, _, jacobian_NH = _forward_triton(*inputs, 1.0, None, 1.0, True, 0.0)
     bad = torch.tensor([False, True, False, False, True, False], device=kernel_device)
     assert torch.equal(logprob_N.isnan(), bad)
     assert torch.equal(entropy_N.isnan(), bad)
@@ -210,7 +210,7 @@ def test_the_kernel_operator_keeps_its_promises(kernel_device, jacobian):
     case = head_case("", torch.float32, N=5, V=40)
     inputs = [x.to(kernel_device) for x in (case.hidden_NH, case.weight_VH, case.targets_N)]
     inputs[0].requires_grad_(jacobian)
-    torch.library.opcheck(_linear_logprob, (*inputs, 0.9, 3.0, 1.0, jacobian, "triton"))
+    torch.library.opcheck(_linear_logprob, (*inputs, 0.9, 3.0, 1.0, jacobian, 0.0, "triton"))
 
 
 # --- linear_policy_loss --------------------------------------------------------------------------------------------
@@ -338,5 +338,5 @@ def test_the_fused_operator_keeps_its_promises(kernel_device):
     vectors = [x.to(kernel_device) for x in (torch.linspace(-1, 1, 6), torch.tensor([0, 0, 0, 1, 1, 1]))]
     config = ("dapo", 0.2, 0.28, 3.0, 5.0, "k3", 0.0, 0.1, 2.0, "tis", "token", None)
     torch.library.opcheck(
-        _linear_policy_loss, (*inputs, None, *vectors, None, None, None, 0.9, None, 1.0, *config, 6, 2, True)
+        _linear_policy_loss, (*inputs, None, *vectors, None, None, None, 0.9, None, 1.0, *config, 6, 2, 0.0, True)
     )

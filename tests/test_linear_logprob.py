@@ -175,8 +175,8 @@ def test_one_graph_under_compile():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operator_keeps_its_promises(dtype, jacobian):
     case = head_case("", dtype, N=5, V=40)
-    args = (case.hidden_NH.requires_grad_(jacobian), case.weight_VH, case.targets_N, 0.9, 3.0, 1.0, jacobian, "torch")
-    torch.library.opcheck(_linear_logprob, args)
+    inputs = (case.hidden_NH.requires_grad_(jacobian), case.weight_VH, case.targets_N)
+    torch.library.opcheck(_linear_logprob, (*inputs, 0.9, 3.0, 1.0, jacobian, 0.0, "torch"))
 
 
 def _wrong_calls():

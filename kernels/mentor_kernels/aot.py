@@ -142,21 +142,25 @@ def statistics(dtype: str, *, reference: bool, softcap: bool, store: bool) -> Va
 
 
 def gradient(
-    dtype: str, *, softcap: bool, loss: bool = False, entropy: bool = False, kl: bool = False
+    dtype: str, *, softcap: bool, loss: bool = False, entropy: bool = False, kl: bool = False, drop: bool = False
 ) -> Iterator[Variant]:
     """K3, its GEMM and its end."""
-    table = (HEAD.GRADIENT_UNDER_SOFTCAP if softcap else HEAD.GRADIENT) if entropy or kl else HEAD.JACOBIAN
-    of_loss, of_entropy = ("order_ptr", "by_logprob_ptr"), ("by_entropy_ptr",)
+    gemm = HEAD.gradient_launch(BYTES[dtype], softcap, entropy or kl, drop)
+    of_loss, of_entropy, of_drop = ("by_logprob_ptr",), ("by_entropy_ptr",), ("tiles_ptr", "counts_ptr")
     of_kl = ("by_kl_ptr", "d_ptr", "target_d_ptr", "level_ptr")
     given = dict.fromkeys(("e_ptr", "d_ptr", "weight_ptr", "out_ptr"), "*" + dtype)
     given |= dict.fromkeys(("target_ptr", "order_ptr"), "*i64") | dict.fromkeys(("factor", "slope_factor"), "fp32")
+    given |= dict.fromkeys(of_drop, "*i32")
     boost = {"fp16": 2.0**12 if loss else 2.0**15}.get(dtype, 1.0)
     constants = dict(SOFTCAP=softcap, LOSS=loss, BOOST=boost)
-    marks = " ".join([dtype, *_marks(loss=loss, entropy=entropy, kl=kl, softcap=softcap)])
+    marks = " ".join([dtype, *_marks(loss=loss, entropy=entropy, kl=kl, softcap=softcap, drop=drop)])
     whole = dict(EVEN_H=True, TILE=HEAD.STATISTICS_TILE)
-    parts = {"K3": (HEAD._gradient_sums, table[BYTES[dtype]], whole), "K3 end": (HEAD._gradient_rows, HEAD.ROWS, {})}
+    parts = {"K3": (HEAD._gradient_sums, gemm, whole)}
+    if not drop:  # the end is the same
+        parts["K3 end"] = (HEAD._gradient_rows, HEAD.ROWS, {})
     for name, (kernel, launch, more) in parts.items():
         absent = (() if loss else of_loss) + (() if entropy else of_entropy) + (() if kl else of_kl)
+        absent += (() if drop else of_drop) + (() if loss or drop else ("order_ptr",))
         types, none = _arguments(kernel, given, tuple(n for n in absent if n in kernel.arg_names))
         aligned = tuple(n for n in ("H", "span", "e_stride", "weight_stride", "out_stride") if n in types)
         fixed = {**none, **constants, **more, **launch.blocks}
@@ -272,9 +276,11 @@ def variants() -> list[Variant]:
         *(statistics(dtype, reference=r, softcap=s, store=t)
           for dtype in BYTES for r in booleans for s in booleans for t in booleans),
         *merges(),
-        *(variant for dtype in BYTES for s in booleans for variant in gradient(dtype, softcap=s)),
+        *(variant for dtype in BYTES for s in booleans for drop in booleans
+          for variant in gradient(dtype, softcap=s, drop=drop)),
         *(variant for dtype in BYTES for s in booleans for e in booleans for kl in booleans
-          for variant in gradient(dtype, loss=True, entropy=e, kl=kl, softcap=s)),
+          for drop in ((False,) if kl else booleans)
+          for variant in gradient(dtype, loss=True, entropy=e, kl=kl, softcap=s, drop=drop)),
     ]  # fmt: skip
     losses = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
     return [

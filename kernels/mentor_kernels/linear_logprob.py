@@ -56,6 +56,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from mentor_kernels.active_tiles import active_tiles, tile_weights
 from mentor_kernels.backend import interpreted, resolve_head_backend
 
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -309,14 +310,10 @@ JACOBIAN = {
     2: Launch(dict(BLOCK_R=128, BLOCK_H=128, BLOCK_V=64), warps=8, stages=3),
     4: Launch(dict(BLOCK_R=64, BLOCK_H=64, BLOCK_V=32), warps=8, stages=2),
 }
-# What an entropy's or KL's gradient does to p takes registers: fewer columns at a time, with a softcap fewer rows.
+# What a softcap and an entropy's or KL's gradient do to p takes registers, and so does a list of tiles: fewer columns.
 GRADIENT = {
     2: Launch(dict(BLOCK_R=128, BLOCK_H=128, BLOCK_V=32), warps=8, stages=4),
     4: Launch(dict(BLOCK_R=64, BLOCK_H=64, BLOCK_V=32), warps=8, stages=2),
-}
-GRADIENT_UNDER_SOFTCAP = {
-    2: Launch(dict(BLOCK_R=64, BLOCK_H=128, BLOCK_V=32), warps=4, stages=4),
-    4: GRADIENT[4],
 }
 FINISH = Launch(dict(BLOCK_R=16, BLOCK_T=64), warps=4, stages=1)
 ROWS = Launch(dict(BLOCK_R=16, BLOCK_H=128), warps=4, stages=2)
@@ -517,8 +514,8 @@ def _coefficients(by_logprob_ptr, by_entropy_ptr, by_kl_ptr, row_R, row_ok):
 
 @triton.jit
 def _gradient_sums(
-    e_ptr, m_ptr, weight_ptr, entropy_ptr, top_ptr, log_total_ptr, order_ptr, by_logprob_ptr, by_entropy_ptr,
-    by_kl_ptr, d_ptr, level_ptr, part_ptr, total_ptr,
+    e_ptr, m_ptr, weight_ptr, entropy_ptr, top_ptr, log_total_ptr, order_ptr, tiles_ptr, counts_ptr, by_logprob_ptr,
+    by_entropy_ptr, by_kl_ptr, d_ptr, level_ptr, part_ptr, total_ptr,
     R, V, H, span, e_stride, weight_stride, slope_factor,
     SOFTCAP: tl.constexpr, LOSS: tl.constexpr, EVEN_H: tl.constexpr, BOOST: tl.constexpr,
     TILE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -526,8 +523,9 @@ def _gradient_sums(
     """K3, the GEMM: part[i, r, h], a row's sum over the i-th `span` columns; total[i, r], the sum of its coefficients.
 
     Hidden blocks are the fastest index: those of a row block share e while it is in the cache. With LOSS the rows come
-    in `order`, those with zero coefficients last: their blocks skip the GEMM. BOOST is a power of two that lifts small
-    probabilities above the subnormals of float16.
+    in `order`, those with zero coefficients last: their blocks skip the GEMM. With `tiles` a block of rows takes those
+    alone, and its splits share them. BOOST is a power of two that lifts small probabilities above the subnormals of
+    float16.
     """
     blocks, row_blocks = tl.cdiv(H, BLOCK_H), tl.cdiv(R, BLOCK_R)
     block = tl.program_id(0) // blocks
@@ -535,10 +533,15 @@ def _gradient_sums(
     h_H = (tl.program_id(0) % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     v_V = tl.arange(0, BLOCK_V)
     split = block // row_blocks
+    end = V
+    if tiles_ptr is not None:
+        end = tl.load(counts_ptr + block % row_blocks) * TILE
+        span = tl.cdiv(end, tl.num_programs(0) // (blocks * row_blocks) * TILE) * TILE
+        tiles_ptr += (block % row_blocks) * tl.cdiv(V, TILE)
     first = split * span
-    last = tl.minimum(first + span, V)
+    last = tl.minimum(first + span, end)
     row_ok, h_ok = row_R < R, h_H < H
-    if LOSS:
+    if order_ptr is not None:
         row_R = tl.load(order_ptr + row_R, mask=row_ok, other=0).to(tl.int32)
     top_R = tl.load(top_ptr + row_R, mask=row_ok, other=0.0)
     log_total_R = tl.load(log_total_ptr + row_R, mask=row_ok, other=0.0)
@@ -553,12 +556,19 @@ def _gradient_sums(
         last = tl.where(tl.sum((size_R != 0).to(tl.int32), 0) == 0, first, last)
 
     at_RV = row_R[:, None] * e_stride + v_V[None, :]
-    weight_VH = weight_ptr + (first + v_V).to(tl.int64)[:, None] * weight_stride + h_H[None, :]
+    weight_VH = weight_ptr + v_V[:, None] * weight_stride + h_H[None, :]
     sum_RH = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
     # Row sums as a product with ones, the least that tl.dot takes: tl.sum would need p in a second layout, and spill.
     total_RO = tl.zeros((BLOCK_R, ONES), tl.float32)
     ones_VO = tl.full((BLOCK_V, ONES), 1.0, weight_ptr.dtype.element_ty)
-    for v in range(first, last, BLOCK_V):
+    if tiles_ptr is not None:
+        # One turn ahead, and added to `at`: else the compiler neither pipelines the loads below nor widens them.
+        tile = tl.load(tiles_ptr + first // TILE, mask=first < last, other=0)
+    for at in range(first, last, BLOCK_V):
+        v = at
+        if tiles_ptr is not None:
+            v = (tile - at // TILE) * TILE + at
+            tile = tl.load(tiles_ptr + (at + BLOCK_V) // TILE, mask=at + BLOCK_V < last, other=0)
         m_R = tl.load(m_ptr + (v // TILE) * R + row_R, mask=row_ok, other=0.0)
         p_RV = tl.load(e_ptr + at_RV + v, mask=row_ok[:, None], other=0.0).to(tl.float32)
         shift_R = m_R - top_R - log_total_R
@@ -583,12 +593,11 @@ def _gradient_sums(
         w_ok = (v + v_V < V)[:, None]
         if not EVEN_H:
             w_ok = w_ok & h_ok[None, :]
-        w_VH = tl.load(weight_VH, mask=w_ok, other=0.0)
+        w_VH = tl.load(weight_VH + v.to(tl.int64) * weight_stride, mask=w_ok, other=0.0)
         rounded_RV = p_RV.to(w_VH.dtype)
         if not SOFTCAP:
             total_RO = tl.dot(rounded_RV, ones_VO, total_RO, input_precision="ieee")
         sum_RH = tl.dot(rounded_RV, w_VH, sum_RH, input_precision="ieee")
-        weight_VH += BLOCK_V * weight_stride
     to_R = split * R + row_R
     tl.store(part_ptr + to_R[:, None] * H + h_H[None, :], sum_RH, mask=row_ok[:, None] & h_ok[None, :])
     if not SOFTCAP:
@@ -725,6 +734,12 @@ class Head(NamedTuple):
     scale: float
 
 
+def _planes(planes_3TR: torch.Tensor, rows: int) -> torch.Tensor:
+    """[3, T, rows], where a chunk of `rows` rows puts them."""
+    T = planes_3TR.shape[1]
+    return planes_3TR.flatten(1)[:, : T * rows].unflatten(1, (T, rows))
+
+
 def score_chunk(
     hidden_RH: torch.Tensor,
     targets_R: torch.Tensor,
@@ -736,12 +751,8 @@ def score_chunk(
     """K1 and K2; e is stored if the workspace has rows for it."""
     (R, H), V = hidden_RH.shape, head.weight_VH.shape[0]
     tiles, reference = triton.cdiv(V, STATISTICS_TILE), ref_hidden_RH is not None
-
-    def planes(planes_3TR: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return (None,) * 3 if planes_3TR is None else planes_3TR.flatten(1)[:, : tiles * R].unbind()
-
-    m_TR, s_TR, a_TR = planes(space.statistics_3TR)
-    ref_m_TR, ref_s_TR, drift_TR = planes(space.divergence_3TR)
+    m_TR, s_TR, a_TR = _planes(space.statistics_3TR, R)
+    ref_m_TR, ref_s_TR, drift_TR = _planes(space.divergence_3TR, R) if reference else (None,) * 3
     soft = head.softcap is not None
     launch = (SMALL_STATISTICS if reference or soft else STATISTICS)[hidden_RH.element_size()]
     _tile_statistics[(triton.cdiv(R, launch.blocks["BLOCK_R"]) * tiles,)](
@@ -766,6 +777,11 @@ def score_chunk(
         )  # fmt: skip
 
 
+def gradient_launch(itemsize: int, softcap: bool, by_column: bool, drop: bool) -> Launch:
+    """K3's: is there a softcap, do the coefficients differ by column, are tiles left out?"""
+    return (GRADIENT if softcap or by_column or drop else JACOBIAN)[itemsize]
+
+
 def gradient_chunk(
     targets_R: torch.Tensor,
     head: Head,
@@ -775,15 +791,23 @@ def gradient_chunk(
     by_logprob_R: torch.Tensor | None = None,
     by_entropy_R: torch.Tensor | None = None,
     by_kl_R: torch.Tensor | None = None,
+    drop_mass: float = 0.0,
 ) -> None:
-    """K3: the Jacobian of the logprobs, or with coefficients the gradient of a loss; after `score_chunk`."""
+    """K3: the Jacobian of the logprobs, or with coefficients the gradient of a loss; after `score_chunk`.
+
+    A `drop_mass` leaves tiles out (active_tiles.py), not with slopes by the KL.
+    """
     (V, H), (R, _) = head.weight_VH.shape, out_RH.shape
     loss, half, soft = by_logprob_R is not None, out_RH.dtype is torch.float16, head.softcap is not None
     by_column = by_entropy_R is not None or by_kl_R is not None
-    table = (GRADIENT_UNDER_SOFTCAP if soft else GRADIENT) if by_column else JACOBIAN
-    launch = table[out_RH.element_size()]
-    order_R = None
-    if loss:
+    launch = gradient_launch(out_RH.element_size(), soft, by_column, drop_mass > 0)
+    order_R = tiles_BT = counts_B = None
+    if drop_mass:
+        weight_TR = tile_weights(
+            _planes(space.statistics_3TR, R), rows.top_R, rows.log_total_R, rows.entropy_R, by_logprob_R, by_entropy_R
+        )
+        order_R, tiles_BT, counts_B = active_tiles(weight_TR, drop_mass, launch.blocks["BLOCK_R"])
+    elif loss:
         silent_R = by_logprob_R == 0
         for by_R in (by_entropy_R, by_kl_R):
             silent_R = silent_R if by_R is None else silent_R & (by_R == 0)
@@ -795,7 +819,7 @@ def gradient_chunk(
     part_SRH, total_SR = (out_RH.new_empty(shape, dtype=torch.float32) for shape in ((splits, R, H), (splits, R)))
     _gradient_sums[(blocks * splits,)](
         space.e_RV, space.statistics_3TR, head.weight_VH, rows.entropy_R, rows.top_R, rows.log_total_R, order_R,
-        by_logprob_R, by_entropy_R, by_kl_R, space.d_RV, rows.level_R, part_SRH, total_SR,
+        tiles_BT, counts_B, by_logprob_R, by_entropy_R, by_kl_R, space.d_RV, rows.level_R, part_SRH, total_SR,
         R, V, H, span, space.e_RV.stride(0), head.weight_VH.stride(0), slope_factor,
         SOFTCAP=soft, LOSS=loss, EVEN_H=H % launch.blocks["BLOCK_H"] == 0, BOOST=boost,
         TILE=STATISTICS_TILE, **launch.blocks, num_warps=launch.warps, num_stages=launch.stages,
@@ -831,6 +855,7 @@ def _forward_triton(
     softcap: float | None,
     scale: float,
     jacobian: bool,
+    drop_mass: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `_forward_torch`, but for the Jacobian's dtype, which is that of the hidden states."""
     head = Head(rows_last_contiguous(weight_VH), temperature, softcap, scale)
@@ -841,7 +866,7 @@ def _forward_triton(
         part = found.part(rows)
         score_chunk(hidden_NH[rows], targets_N[rows], head, space, part)
         if jacobian:
-            gradient_chunk(targets_N[rows], head, space, part, jacobian_NH[rows])
+            gradient_chunk(targets_N[rows], head, space, part, jacobian_NH[rows], drop_mass=drop_mass)
     return found.logprob_R, found.entropy_R, torch.stack([found.top_R, found.log_total_R]), jacobian_NH
 
 
@@ -854,6 +879,7 @@ def _loss_backward_triton(
     temperature: float,
     softcap: float | None,
     scale: float,
+    drop_mass: float,
 ) -> torch.Tensor:
     """The gradient by hidden_NH of the sum of grad_logprob_N logprob_N + grad_entropy_N entropy_N, in its dtype."""
     head = Head(rows_last_contiguous(weight_VH), temperature, softcap, scale)
@@ -863,7 +889,10 @@ def _loss_backward_triton(
     for rows, space in chunks(hidden_NH, head, True):
         part = found.part(rows)
         score_chunk(hidden_NH[rows], targets_N[rows], head, space, part)
-        gradient_chunk(targets_N[rows], head, space, part, grad_NH[rows], by_logprob_N[rows], by_entropy_N[rows])
+        gradient_chunk(
+            targets_N[rows], head, space, part, grad_NH[rows], by_logprob_N[rows], by_entropy_N[rows],
+            drop_mass=drop_mass,
+        )  # fmt: skip
     return grad_NH
 
 
@@ -879,18 +908,19 @@ def _linear_logprob(
     softcap: float | None,
     scale: float,
     jacobian: bool,
+    drop_mass: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     check_ids("targets_N", targets_N, weight_VH, backend)
     if backend == "triton":
         with torch.cuda.device_of(hidden_NH):
-            return _forward_triton(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian)
+            return _forward_triton(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian, drop_mass)
     with float32_sums(hidden_NH):
         return _forward_torch(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian)
 
 
 @_linear_logprob.register_fake
-def _(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian, backend):
+def _(hidden_NH, weight_VH, targets_N, temperature, softcap, scale, jacobian, drop_mass, backend):
     N, H = hidden_NH.shape
     wide = wide_dtype(hidden_NH.dtype)
     row = hidden_NH.new_empty(N, dtype=wide)
@@ -914,13 +944,14 @@ def _entropy_backward(
     temperature: float,
     softcap: float | None,
     scale: float,
+    drop_mass: float,
     backend: str,
 ) -> torch.Tensor:
     if backend == "triton":
         with torch.cuda.device_of(hidden_NH):
             return _loss_backward_triton(
                 torch.zeros_like(grad_entropy_N), grad_entropy_N, hidden_NH, weight_VH, targets_N, temperature,
-                softcap, scale,
+                softcap, scale, drop_mass,
             )  # fmt: skip
     with float32_sums(hidden_NH):
         return _entropy_backward_torch(
@@ -937,7 +968,7 @@ def _(grad_entropy_N, hidden_NH, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    hidden_NH, weight_VH, targets_N, ctx.temperature, ctx.softcap, ctx.scale, _, ctx.backend = inputs
+    hidden_NH, weight_VH, targets_N, ctx.temperature, ctx.softcap, ctx.scale, _, ctx.drop_mass, ctx.backend = inputs
     _, entropy_N, shift_2N, jacobian_NH = output
     ctx.set_materialize_grads(False)  # None upstream of the entropy means that its gradient costs nothing
     ctx.mark_non_differentiable(shift_2N, jacobian_NH)
@@ -952,12 +983,12 @@ def _backward(ctx, grad_logprob_N, grad_entropy_N, _shift, _jacobian):
     if grad_entropy_N is not None:
         entropy_NH = _entropy_backward(
             grad_entropy_N, hidden_NH, weight_VH, targets_N, entropy_N, shift_2N, jacobian_NH, ctx.temperature,
-            ctx.softcap, ctx.scale, ctx.backend,
+            ctx.softcap, ctx.scale, ctx.drop_mass, ctx.backend,
         )  # fmt: skip
         grad_NH = entropy_NH if grad_NH is None else grad_NH + entropy_NH
     if grad_NH is not None:
         grad_NH = grad_NH.to(hidden_NH.dtype)
-    return grad_NH, None, None, None, None, None, None, None
+    return grad_NH, *[None] * 8
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
@@ -974,6 +1005,7 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     scale: float = 1.0,
+    drop_mass: float = 0.0,
     backend: str | None = None,
 ) -> LogprobOut:
     """Logprob of each target and entropy of its distribution, z = softcap(scale hidden @ weight.T) / temperature.
@@ -984,11 +1016,17 @@ def linear_logprob(
     Differentiable in hidden_NH through both outputs; the head is frozen and never gets a gradient. Under no_grad, or
     when hidden_NH needs no gradient, only the score is computed, with bitwise the same result for the same rows.
 
+    A drop_mass above 0 lets the Triton kernels leave tiles out of the GRADIENT (never of the score), at most that much
+    probability a row: then each row of it is off by at most 2 drop_mass max |W_v| |scale| / temperature for each unit of
+    upstream gradient, and what is left out depends on the rows beside it (active_tiles.py). The torch backend leaves
+    nothing out.
+
     Raises ValueError for a target outside [0, V) (from Triton on a GPU such a row gives NaN instead: to look would stop
     the CPU until the GPU has caught up), for shapes, dtypes or devices that do not agree, for a temperature or softcap
-    that is not positive, and for an unknown backend.
+    that is not positive, for a drop_mass outside [0, 1), and for an unknown backend.
     """
     check_head(hidden_NH, weight_VH, targets_N, temperature, softcap)
+    check_drop_mass(drop_mass)
     backend = resolve_head_backend(backend, hidden_NH.device)
     if backend == "triton":
         check_triton(hidden_NH)
@@ -1000,6 +1038,7 @@ def linear_logprob(
         None if softcap is None else float(softcap),
         float(scale),
         torch.is_grad_enabled() and hidden_NH.requires_grad,
+        float(drop_mass),
         backend,
     )
     return LogprobOut(logprob_N, entropy_N)
@@ -1033,6 +1072,11 @@ def check_head(hidden_NH, weight_VH, targets_N, temperature, softcap) -> None:
         raise ValueError(f"temperature must be positive, not {temperature}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, not {softcap}")
+
+
+def check_drop_mass(drop_mass: float) -> None:
+    if not 0 <= drop_mass < 1:
+        raise ValueError(f"drop_mass must lie in [0, 1), not {drop_mass}")
 
 
 def check_ids(name: str, ids: torch.Tensor, weight_VH: torch.Tensor, backend: str) -> None:

@@ -28,6 +28,7 @@ from mentor_kernels.backend import resolve_head_backend
 from mentor_kernels.linear_kl import linear_kl
 from mentor_kernels.linear_logprob import (
     Head,
+    check_drop_mass,
     check_head,
     check_ids,
     check_triton,
@@ -63,6 +64,7 @@ def _forward_fused(
     config: PolicyLossConfig,
     normaliser: Normaliser,
     gradient: bool,
+    drop_mass: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, d loss / d hidden [N, H] in its dtype or [0, H] without `gradient`, metrics in the order of METRICS)."""
     hidden_NH, targets_N = rows_last_contiguous(hidden_NH), targets_N.contiguous()
@@ -98,6 +100,7 @@ def _forward_fused(
             gradient_chunk(
                 targets_N[rows], head, space, part, grad_NH[rows], w_R * slope_R,
                 w_R * -config.entropy_coef if config.entropy_coef else None, w_R * config.beta if exact else None,
+                drop_mass,
             )  # fmt: skip
     loss, _, _, metrics = forward_triton(
         found.logprob_R, old_logp_N, advantage_N, sequence_N, found.kl_R if exact else ref_logp_N, behaviour_logp_N,
@@ -137,6 +140,7 @@ def _linear_policy_loss(
     max_new_tokens: int | None,
     tokens: int,
     sequences: int,
+    drop_mass: float,
     gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     config = PolicyLossConfig(
@@ -148,7 +152,7 @@ def _linear_policy_loss(
         return _forward_fused(
             hidden_NH, targets_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, ref_hidden_NH,
             Head(rows_last_contiguous(weight_VH), temperature, softcap, scale), config, Normaliser(tokens, sequences),
-            gradient,
+            gradient, drop_mass,
         )  # fmt: skip
 
 
@@ -167,7 +171,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     (grad_NH,) = ctx.saved_tensors
-    return (grad_loss * grad_NH).to(grad_NH.dtype), *[None] * 26
+    return (grad_loss * grad_NH).to(grad_NH.dtype), *[None] * 27
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -192,18 +196,22 @@ def linear_policy_loss(
     scale: float = 1.0,
     config: PolicyLossConfig,
     normaliser: Normaliser,
+    drop_mass: float = 0.0,
     backend: str | None = None,
 ) -> PolicyLossOut:
     """`policy_loss` of `linear_logprob`: hidden states and a frozen head in, the loss out.
 
     The reference comes as logprobs, or as its hidden states under the same head; not both. config.kl = "exact" needs
     the hidden states. Differentiable in hidden_NH alone; everything else is a constant. Otherwise as the separate
-    operators, their ValueErrors included.
+    operators, their ValueErrors included; a drop_mass does not go with the exact KL.
     """
+    check_drop_mass(drop_mass)
     head = dict(temperature=temperature, softcap=softcap, scale=scale, backend=backend)
     exact = config.kl == "exact"
     if ref_hidden_NH is not None and ref_logp_N is not None:
         raise ValueError("give ref_hidden_NH or ref_logp_N, not both")
+    if exact and drop_mass:
+        raise ValueError("drop_mass bounds no error with kl = 'exact'; use k1, k2 or k3, or drop_mass = 0")
     if exact and config.beta and ref_hidden_NH is None:
         raise ValueError("beta is not 0 and kl is 'exact', so ref_hidden_NH is needed")
     if ref_hidden_NH is not None and not exact:
@@ -214,7 +222,7 @@ def linear_policy_loss(
         config.tis_level == "sequence" and config.tis_cap is not None and behaviour_logp_N is not None
     )
     if resolve_head_backend(backend, hidden_NH.device) == "torch" or whole_sequences:
-        logprob_N, entropy_N = linear_logprob(hidden_NH, weight_VH, targets_N, **head)
+        logprob_N, entropy_N = linear_logprob(hidden_NH, weight_VH, targets_N, drop_mass=drop_mass, **head)
         kl_N = linear_kl(hidden_NH, ref_hidden_NH, weight_VH, **head) if exact and ref_hidden_NH is not None else None
         return policy_loss(
             logprob_N,
@@ -239,7 +247,7 @@ def linear_policy_loss(
         hidden_NH, weight_VH, targets_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N,
         ref_hidden_NH if exact else None,
         float(temperature), None if softcap is None else float(softcap), float(scale),
-        *astuple(config), normaliser.tokens, normaliser.sequences,
+        *astuple(config), normaliser.tokens, normaliser.sequences, float(drop_mass),
         torch.is_grad_enabled() and hidden_NH.requires_grad,
     )  # fmt: skip
     return named_metrics(
