@@ -170,6 +170,53 @@ def check_head(operator: Callable, case: HeadCase, device: str = "cpu") -> None:
     assert error <= (2e-2 if half else 1e-3), f"{case.name}: a row of the gradient is off by {float(error):.2e}"
 
 
+# --- active_tiles --------------------------------------------------------------------------------------------------
+
+
+def weight_cases() -> dict[str, torch.Tensor]:
+    """Weights [T, R] of tiles: many rows that need few, few that need many, rows without any, a NaN."""
+    make = torch.Generator().manual_seed(0)
+    peaked_TR = torch.softmax(torch.randn(40, 70, generator=make) * torch.linspace(0, 9, 70), 0)
+    some_TR = peaked_TR.clone()
+    some_TR[:, ::3] = 0
+    sick_TR = peaked_TR.clone()
+    sick_TR[:, 11] = torch.nan  # a NaN in the hidden states spoils all tiles of its row
+    return {
+        "peaked": peaked_TR,
+        "even": torch.full((40, 9), 1 / 40),
+        "one row": peaked_TR[:, 40:41],
+        "one tile": torch.rand(1, 20, generator=make),
+        "rows without a slope": some_TR,
+        "nothing": torch.zeros(5, 7),
+        "a row of NaN": sick_TR,
+        "small in each tile, large together": torch.cat([torch.full((39, 30), 5e-3), torch.full((1, 30), 0.805)]),
+    }
+
+
+def check_active_tiles(operator: Callable, weight_TR: torch.Tensor, drop_mass: float, block_rows: int) -> None:
+    """`operator(weight [T, R], drop_mass, block_rows) -> ActiveTiles`: no row loses more, and no block could lose more.
+
+    A NaN counts as more than any drop_mass.
+    """
+    T, R = weight_TR.shape
+    order_R, tiles_BT, counts_B = (x.cpu() for x in operator(weight_TR, drop_mass, block_rows))
+    assert sorted(order_R.tolist()) == list(range(R)), "not an order of the rows"
+    assert tiles_BT.shape == (-(-R // block_rows), T)
+    assert tiles_BT.is_contiguous(), "the kernel counts on it"
+    assert bool((tiles_BT[torch.arange(T) >= counts_B[:, None]] == T).all()), "more tiles than were counted"
+    weight_TR = weight_TR.cpu().double().nan_to_num(nan=2.0)[:, order_R]
+    silent_R = (weight_TR == 0).all(0)
+    assert silent_R.tolist() == sorted(silent_R.tolist()), "rows without a slope are not the last"
+    for block, rows_TR in enumerate(weight_TR.split(block_rows, 1)):
+        tiles = tiles_BT[block, : counts_B[block]].tolist()
+        assert tiles == sorted(set(tiles)), "not ascending"
+        lost_R = rows_TR.sum(0) - rows_TR[tiles].sum(0)
+        assert bool((lost_R <= drop_mass + 1e-12).all()), f"a row loses {float(lost_R.max()):.2e}"
+        if tiles:
+            least = rows_TR[tiles].amax(1).argmin()
+            assert bool((lost_R + rows_TR[tiles[least]] > drop_mass - 1e-9).any()), "a tile is kept for nothing"
+
+
 # --- policy_loss ---------------------------------------------------------------------------------------------------
 
 

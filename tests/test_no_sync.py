@@ -81,11 +81,11 @@ def score(device: str) -> Callable[[], object]:
     return lambda: linear_logprob(hidden.detach(), weight, targets, temperature=0.7, backend="triton")
 
 
-def logprob_and_entropy(device: str) -> Callable[[], object]:
+def logprob_and_entropy(device: str, drop_mass: float = 0.0) -> Callable[[], object]:
     hidden, weight, targets, _ = head_inputs(device)
 
     def run():
-        out = linear_logprob(hidden, weight, targets, backend="triton")
+        out = linear_logprob(hidden, weight, targets, drop_mass=drop_mass, backend="triton")
         (out.logprob_N * 0.3 + out.entropy_N).sum().backward()
 
     return run
@@ -171,6 +171,7 @@ def attention(device: str) -> Callable[[], object]:
 CASES = {
     "score": score,
     "logprob and entropy": logprob_and_entropy,
+    "without the tiles of little weight": lambda device: logprob_and_entropy(device, drop_mass=0.1),
     "exact KL": exact_kl,
     "a teacher's tokens": teachers_tokens,
     "fused loss": fused_loss,

@@ -7,8 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 from advantage_checks import check_advantage, random_episodes
-from kernel_checks import check_head, check_policy, exact_head, head_cases, plain_policy, policy_cases
+from kernel_checks import (
+    check_active_tiles,
+    check_head,
+    check_policy,
+    exact_head,
+    head_cases,
+    plain_policy,
+    policy_cases,
+    weight_cases,
+)
 from mentor_kernels import Normaliser, RewardConfig, group_advantage
+from mentor_kernels.active_tiles import ActiveTiles, active_tiles
 
 # --- linear_logprob: each has the defect of its name and is right otherwise ----------------------------------------
 
@@ -150,6 +160,78 @@ def test_wrong_heads_are_rejected(wrong, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_right_head_passes(dtype):
     assert _head_passes(exact_head, dtype)
+
+
+# --- active_tiles: the ways in which a filter drops more than it says, or less than it could ------------------------
+
+
+def tiles_by_threshold(weight_TR, drop_mass, block_rows):
+    """Every tile below the limit goes, however many there are."""
+    return _tiles_of(weight_TR, block_rows, lambda block_TR: block_TR.amax(1) > drop_mass)
+
+
+def tiles_by_the_mean_row(weight_TR, drop_mass, block_rows):
+    def keep(block_TR):
+        mean_T, rank_T = block_TR.mean(1).sort()
+        return torch.empty(len(mean_T), dtype=torch.bool).scatter(0, rank_T, mean_T.cumsum(0) > drop_mass)
+
+    return _tiles_of(weight_TR, block_rows, keep)
+
+
+def every_tile(weight_TR, drop_mass, block_rows):
+    return _tiles_of(weight_TR, block_rows, lambda block_TR: torch.ones(len(block_TR), dtype=torch.bool))
+
+
+def tiles_for_rows_in_another_order(weight_TR, drop_mass, block_rows):
+    found = active_tiles(weight_TR, drop_mass, block_rows)
+    return found._replace(order_R=torch.arange(weight_TR.shape[1]))
+
+
+def tiles_that_trust_a_nan(weight_TR, drop_mass, block_rows):
+    return active_tiles(weight_TR.nan_to_num(nan=0.0), drop_mass, block_rows)
+
+
+def one_tile_too_few(weight_TR, drop_mass, block_rows):
+    found = active_tiles(weight_TR, drop_mass, block_rows)
+    return found._replace(counts_B=(found.counts_B - 1).clamp(min=0))
+
+
+def _tiles_of(weight_TR, block_rows, keep) -> ActiveTiles:
+    """Right but for `keep`, which says of a block's weights which tiles it takes."""
+    T = len(weight_TR)
+    order_R = active_tiles(weight_TR, 0.0, block_rows).order_R
+    keep_BT = torch.stack([keep(block_TR) for block_TR in weight_TR[:, order_R].split(block_rows, 1)])
+    return ActiveTiles(order_R, torch.where(keep_BT, torch.arange(T), T).sort(1).values, keep_BT.sum(1))
+
+
+def _tiles_pass(operator) -> bool:
+    try:
+        for weight_TR in weight_cases().values():
+            for drop_mass in (0.2, 1e-2):
+                check_active_tiles(operator, weight_TR, drop_mass, 16)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        tiles_by_threshold,
+        tiles_by_the_mean_row,
+        every_tile,
+        tiles_for_rows_in_another_order,
+        tiles_that_trust_a_nan,
+        one_tile_too_few,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_wrong_filters_are_rejected(wrong):
+    assert not _tiles_pass(wrong)
+
+
+def test_the_right_filter_passes():
+    assert _tiles_pass(active_tiles)
 
 
 # --- policy_loss ---------------------------------------------------------------------------------------------------

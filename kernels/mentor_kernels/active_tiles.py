@@ -1,8 +1,8 @@
 """Which tiles of the vocabulary the head's gradient can do without, and by how much it is then wrong at most.
 
-Mathematics. K3 (linear_logprob.py) sums p_v phi_v k_v W_v over all v but the target. A trained student is nearly sure of
-most tokens: almost all of that sum is in a few tiles of 128 columns. K1's statistics tell how much of a row's absolute
-coefficients a tile t can hold, before K3 has read any of its columns. With m, s, a of the tile, lse of the row,
+Mathematics. K3 (linear_logprob.py) sums p_v phi_v k_v W_v over all v but the target. A trained student is nearly sure
+of most tokens: almost all of that sum is in a few tiles of 128 columns. K1's statistics tell how much of a row's
+absolute coefficients a tile t can hold, before K3 has read any of its columns. With the tile's m, s, a, the row's lse,
 
     q_t = sum p_v         = f s                         f = exp(m - lse)
     r_t = sum -p_v log p_v = -f (a + s (m - lse))
@@ -42,7 +42,7 @@ class ActiveTiles(NamedTuple):
     order_R: torch.Tensor
     """int64: the rows, those that need few tiles first, those without coefficients last."""
     tiles_BT: torch.Tensor
-    """int32: of each block, the tiles to take, ascending; then T."""
+    """int32, contiguous: of each block, the tiles to take, ascending; then T."""
     counts_B: torch.Tensor
     """int32: how many those are."""
 
@@ -92,5 +92,5 @@ def active_tiles(weight_TR: torch.Tensor, drop_mass: float, block_rows: int) -> 
     rank_TB = weight_TBr.amax(2).sort(dim=0, stable=True).indices
     lost_TB = weight_TBr.gather(0, rank_TB[:, :, None].expand_as(weight_TBr)).cumsum(0).amax(2)
     keep_TB = lost_TB > most
-    tiles_BT = torch.where(keep_TB, rank_TB, T).T.sort(dim=1).values.to(torch.int32)
-    return ActiveTiles(order_R, tiles_BT, keep_TB.sum(0, dtype=torch.int32))
+    tiles_TB = torch.where(keep_TB, rank_TB, T).sort(dim=0).values
+    return ActiveTiles(order_R, tiles_TB.T.to(torch.int32).contiguous(), keep_TB.sum(0, dtype=torch.int32))

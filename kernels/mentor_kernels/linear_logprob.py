@@ -1016,10 +1016,10 @@ def linear_logprob(
     Differentiable in hidden_NH through both outputs; the head is frozen and never gets a gradient. Under no_grad, or
     when hidden_NH needs no gradient, only the score is computed, with bitwise the same result for the same rows.
 
-    A drop_mass above 0 lets the Triton kernels leave tiles out of the GRADIENT (never of the score), at most that much
-    probability a row: then each row of it is off by at most 2 drop_mass max |W_v| |scale| / temperature for each unit of
-    upstream gradient, and what is left out depends on the rows beside it (active_tiles.py). The torch backend leaves
-    nothing out.
+    A drop_mass above 0 lets the Triton kernels leave tiles of the head out of the gradient (never out of the score), at
+    most that much probability in each row: a unit of upstream gradient is then off by at most 2 drop_mass max |W_v|
+    |scale| / temperature, and what is left out depends on the rows beside it (active_tiles.py). The torch backend
+    leaves nothing out.
 
     Raises ValueError for a target outside [0, V) (from Triton on a GPU such a row gives NaN instead: to look would stop
     the CPU until the GPU has caught up), for shapes, dtypes or devices that do not agree, for a temperature or softcap
