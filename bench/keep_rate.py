@@ -1,12 +1,13 @@
-"""How much of the head's gradient could be skipped, if a tile of little probability were: on real hidden states.
+"""How much of the head's gradient can be left out, and how wrong it is then: on real hidden states.
 
-K3 multiplies a block of rows by every tile of the vocabulary. A tile in which no row of the block has more than a
-threshold of probability could be left out, at an error in a row of the gradient of at most
+K3 multiplies a block of rows by every tile of the vocabulary, or with a `drop_mass` by those alone that
+mentor_kernels/active_tiles.py lists. Here that function picks the tiles, of real hidden states, and the gradient of the
+logprobs is made in float32 with all tiles and with those: how many are kept, and the error beside its bound
 
-    2 delta max_v |W_v| |scale| / temperature,     delta = the row's dropped probability
+    2 drop_mass max_v |W_v| |scale| / temperature
 
-The kernels do not: this is the measurement that says whether they should. Rollouts are sampled as a run's
-first step would, and packed as its loss would see them.
+Rollouts are sampled as a run's first step would, and packed as its loss would see them. Tiles are counted, nothing is
+timed: the kernels that skip them run on a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from mentor_kernels.active_tiles import active_tiles
 
 from bench.measure import machine
 from lite_mentor.batch import pack
@@ -27,23 +30,28 @@ from lite_mentor.run import prepare
 from lite_mentor.student import Student
 from train import cold_start
 
-BLOCK_ROWS, TILE_COLUMNS = 128, 128
-THRESHOLDS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+# Of the kernels: rows that share their tiles, columns of a tile, rows of a chunk.
+BLOCK_ROWS, TILE_COLUMNS, CHUNK_ROWS = 128, 128, 1024
+DROP_MASSES = (3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)
 
 
 def main(argv: list[str]) -> None:
     """Print a Markdown table and one JSON line, for the student of any configuration of train.py, cold-started."""
-    hidden_NH, student, config = hidden_states(parse(argv))
-    rows = [keep_rate(hidden_NH, student, config.temperature, threshold) for threshold in THRESHOLDS]
-    print("| threshold | tiles kept | most dropped in a row | mean dropped |\n|---|---|---|---|")
+    hidden_NH, targets_N, student, config = sampled_rows(parse(argv))
+    rows = [keep_rate(hidden_NH, targets_N, student, config.temperature, drop_mass) for drop_mass in DROP_MASSES]
+    print("| drop_mass | tiles kept | in the order of the text | error, relative RMS | largest / bound |")
+    print("|---|---|---|---|---|")
     for row in rows:
-        print(f"| {row['threshold']:.0e} | {row['kept']:.1%} | {row['dropped_max']:.1e} | {row['dropped_mean']:.1e} |")
+        print(
+            f"| {row['drop_mass']:.0e} | {row['kept']:.1%} | {row['kept_in_order']:.1%} | {row['error']:.1e} | "
+            f"{row['error_of_bound']:.2f} |"
+        )
     about = {"command": " ".join(["python -m bench keep-rate", *argv]), **machine(config.device)}
     print(json.dumps({**about, "student": config.student, "tokens": len(hidden_NH), "rows": rows}))
 
 
-def hidden_states(config: Config) -> tuple[torch.Tensor, Student, Config]:
-    """Hidden states [N, H] of the tokens that one step samples, in the order of its packed rows."""
+def sampled_rows(config: Config) -> tuple[torch.Tensor, torch.Tensor, Student, Config]:
+    """Hidden states [N, H] and ids [N] of the tokens that one step samples, in the order of its packed rows."""
     with tempfile.TemporaryDirectory() as folder, prepare(replace(config, out=str(Path(folder) / "run"))) as run:
         c = run.config
         cold_start(run)
@@ -54,28 +62,48 @@ def hidden_states(config: Config) -> tuple[torch.Tensor, Student, Config]:
         )  # fmt: skip
         batches = pack(rollouts, [0.0] * len(rollouts), c.micro_tokens)
         with torch.no_grad():
-            return torch.cat([sampled_hidden(run.student, b) for b in batches]), run.student, c
+            hidden_NH = torch.cat([sampled_hidden(run.student, b) for b in batches])
+        return hidden_NH, torch.cat([b.targets_N for b in batches]).to(hidden_NH.device), run.student, c
 
 
 @torch.no_grad()
-def keep_rate(hidden_NH: torch.Tensor, student: Student, temperature: float, threshold: float) -> dict[str, float]:
-    """Tiles kept over all tiles, and the probability that a row loses by the others."""
-    kept = tiles = 0
-    dropped = []
-    for block_RH in hidden_NH.split(BLOCK_ROWS):
-        z_RV = student.logit_scale * (block_RH.float() @ student.head_weight_VH.float().T)
+def keep_rate(
+    hidden_NH: torch.Tensor, targets_N: torch.Tensor, student: Student, temperature: float, drop_mass: float
+) -> dict[str, float]:
+    """Tiles kept over all tiles, sorted as the kernels do and unsorted; the error of d logprob / d hidden."""
+    weight_VH, scale = student.head_weight_VH.float(), student.logit_scale / temperature
+    longest = float(weight_VH.norm(dim=1).max()) * abs(scale)
+    kept = in_order = tiles = 0
+    errors, sizes = [], []
+    for hidden_RH, targets_R in zip(hidden_NH.float().split(CHUNK_ROWS), targets_N.split(CHUNK_ROWS), strict=True):
+        x_RV, slope_RV = hidden_RH @ weight_VH.T * student.logit_scale, None
         if student.softcap is not None:
-            z_RV = student.softcap * torch.tanh(z_RV / student.softcap)
-        p_RV = (z_RV / temperature).softmax(-1)
-        p_RV = torch.nn.functional.pad(p_RV, (0, -p_RV.shape[1] % TILE_COLUMNS))
-        mass_RT = p_RV.unflatten(1, (-1, TILE_COLUMNS)).sum(2)
-        keep_T = (mass_RT > threshold).any(0)
-        kept, tiles = kept + int(keep_T.sum()), tiles + len(keep_T)
-        dropped.append(mass_RT[:, ~keep_T].sum(1))
-    dropped_N = torch.cat(dropped)
+            tanh_RV = torch.tanh(x_RV / student.softcap)
+            x_RV, slope_RV = student.softcap * tanh_RV, 1 - tanh_RV**2
+        others_RV = (x_RV / temperature).softmax(-1).scatter(1, targets_R[:, None], 0)
+        width = others_RV.shape[1]
+        padded_RV = F.pad(others_RV, (0, -width % TILE_COLUMNS))
+        weight_TR = padded_RV.unflatten(1, (-1, TILE_COLUMNS)).sum(2).T
+        order_R, tiles_BT, counts_B = active_tiles(weight_TR, drop_mass, BLOCK_ROWS)
+        kept += int(counts_B.sum())
+        blocks = weight_TR.split(BLOCK_ROWS, 1)
+        in_order += sum(int(active_tiles(block_TR, drop_mass, BLOCK_ROWS).counts_B.sum()) for block_TR in blocks)
+        tiles += tiles_BT.numel()
+
+        # The target's coefficient is the sum of those kept, or under a softcap of all, as in K3.
+        left_out_RV = others_RV.clone()
+        for block, rows_B in enumerate(order_R.split(BLOCK_ROWS)):
+            left_out_T = torch.ones(len(weight_TR), device=others_RV.device)
+            left_out_T[tiles_BT[block, : counts_B[block]].long()] = 0
+            left_out_RV[rows_B] *= left_out_T.repeat_interleave(TILE_COLUMNS)[:width]
+        for by_RV, found, own in ((left_out_RV, errors, slope_RV is None), (others_RV, sizes, True)):
+            by_z_RV = by_RV.scatter(1, targets_R[:, None], -by_RV.sum(1, keepdim=True) if own else 0)
+            found.append(((by_z_RV if slope_RV is None else by_z_RV * slope_RV) @ weight_VH * scale).norm(dim=1))
+    error_N, size_N = torch.cat(errors), torch.cat(sizes)
     return {
-        "threshold": threshold,
+        "drop_mass": drop_mass,
         "kept": kept / tiles,
-        "dropped_max": float(dropped_N.max()),
-        "dropped_mean": float(dropped_N.mean()),
+        "kept_in_order": in_order / tiles,
+        "error": float(error_N.norm() / size_N.norm()),
+        "error_of_bound": float(error_N.max()) / (2 * drop_mass * longest),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -34,19 +35,27 @@ def test_the_step_bench_prints_a_table_and_its_json(tmp_path, capsys, monkeypatc
     ]  # fmt: skip
 
 
-def test_the_keep_rate_of_a_filter_that_drops_nothing_and_of_one_that_drops_much(tmp_path, capsys, monkeypatch):
+def test_the_keep_rate_and_its_error(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LITE_MENTOR_CACHE", str(tmp_path))
     assert bench_main(["keep-rate", *SHORT]) == 0
     row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    kept = [r["kept"] for r in row["rows"]]
-    assert kept == sorted(kept)
-    assert 0 < kept[0] <= 1
-    assert all(r["dropped_max"] <= r["threshold"] * 3 for r in row["rows"])  # the tiny head has three tiles
-    hidden = torch.eye(4) * 200
-    head = SimpleNamespace(head_weight_VH=torch.eye(300)[:, :4], logit_scale=1.0, softcap=None)
-    assert keep_rate(hidden, head, 1.0, 1e-3) == {
-        "threshold": 1e-3, "kept": 1 / 3, "dropped_max": 0.0, "dropped_mean": 0.0
+    for rates in ([r["kept"] for r in row["rows"]], [r["kept_in_order"] for r in row["rows"]]):
+        assert rates == sorted(rates)
+        assert 0 < rates[0] <= 1
+    assert all(r["error_of_bound"] <= 1 for r in row["rows"])
+
+    # Probabilities 2 / 11 (the target), 8 / 11 and, in the second tile, 1 / 11; nothing else.
+    weight = torch.full((256, 1), -40.0)
+    weight[[0, 1, 200], 0] = torch.tensor([2.0, 8.0, 1.0]).log()
+    head = SimpleNamespace(head_weight_VH=weight, logit_scale=1.0, softcap=None)
+    found = keep_rate(torch.ones(1, 1), torch.tensor([0]), head, 1.0, 0.1)
+    lost = math.log(2) / 11
+    whole = lost - 8 * math.log(4) / 11
+    assert found == {
+        "drop_mass": 0.1, "kept": 0.5, "kept_in_order": 0.5, "error": pytest.approx(-lost / whole),
+        "error_of_bound": pytest.approx(lost / (2 * 0.1 * 40)),
     }  # fmt: skip
+    assert keep_rate(torch.ones(1, 1), torch.tensor([0]), head, 1.0, 0.05)["kept"] == 1
 
 
 def test_the_kernels_bench_times_what_is_right_and_lists_what_is_not(tmp_path, capsys):
