@@ -143,6 +143,9 @@ class Config:
     """Weight of the entropy bonus."""
     tis_cap: float = 2.0
     """Cap of the correction for sampler and trainer disagreeing (truncated importance sampling); 0 is off."""
+    drop_mass: float = 0.0
+    """Probability of each token that the head's gradient may leave out, to skip the tiles of the vocabulary that hold
+    it; 0 is exact. Triton's kernels only; not yet timed on a GPU."""
 
     lr: float = 1e-4
     """Peak learning rate of RL."""
@@ -357,6 +360,10 @@ def check(config: Config) -> None:
         )
     if not 0 <= config.soft_weight <= 1:
         raise UserError(f"--soft-weight is {config.soft_weight}; it is a share, from 0 to 1.")
+    if not 0 <= config.drop_mass < 1:
+        raise UserError(f"--drop-mass is {config.drop_mass}; it is a probability, from 0 to below 1: try 0.001.")
+    if config.drop_mass and config.kl == "exact":
+        raise UserError("--drop-mass bounds no error with --kl exact; use k1, k2 or k3, or leave it out.")
     if config.cache_gib < 0:
         raise UserError(f"--cache-gib is {config.cache_gib}; give the GiB that the cache may take, or 0.")
     if not 0 < config.top_p <= 1 or config.top_k < 0:

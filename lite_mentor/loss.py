@@ -14,7 +14,7 @@ from mentor_kernels import (
     linear_topk,
     topk_kl,
 )
-from mentor_kernels.backend import interpreted
+from mentor_kernels.backend import interpreted, resolve_head_backend
 
 from lite_mentor.attention import PackedPlan
 from lite_mentor.config import Config
@@ -44,6 +44,8 @@ def check_backend(config: Config) -> None:
             "--backend triton needs a GPU; on a CPU its kernels run only in Triton's interpreter, slowly and in "
             "float32: set TRITON_INTERPRET=1 and give --dtype fp32, or use --backend torch."
         )
+    if config.drop_mass and resolve_head_backend(config.kernel_backend, torch.device(config.device)) == "torch":
+        raise UserError("--drop-mass is for the head's Triton kernels, and here it takes torch's; leave it out.")
     if config.cuda_graphs and config.device == "cpu":
         raise UserError("--cuda-graphs needs a GPU; leave it out on a CPU.")
     if config.cuda_graphs and config.backend == "torch":
@@ -114,6 +116,7 @@ def batch_loss(student: Student, batch: Batch, config: Config, old_logp_N: torch
         **_head(student, config.temperature, config.kernel_backend),
         config=loss_config(config),
         normaliser=Normaliser(tokens=batch.global_tokens, sequences=batch.global_sequences),
+        drop_mass=config.drop_mass,
     )
 
 

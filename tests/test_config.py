@@ -55,6 +55,8 @@ def test_unknown_preset_names_the_presets():
         (["--steps", "0"], "--steps is 0; it must be greater than 0"),
         (["--group-size", "1"], "--group-size is 1, so no rollout has another to be compared with"),
         (["--top-p", "1.5"], "top-p lies in"),
+        (["--drop-mass", "1"], "--drop-mass is 1.0; it is a probability, from 0 to below 1: try 0.001"),
+        (["--drop-mass", "0.1", "--kl", "exact"], "--drop-mass bounds no error with --kl exact"),
         (["--updates-per-step", "3"], "does not divide"),
         (["--micro-tokens", "100"], "--micro-tokens 100 cannot hold one rollout"),
         (["--device", "tpu"], "use auto, cpu or cuda"),

@@ -147,6 +147,9 @@ def test_the_student_is_left_as_it_was(student):
 def test_kernels_that_cannot_run_are_refused():
     with pytest.raises(UserError, match="--backend triton needs a GPU"):
         check_backend(dataclasses.replace(CONFIG, backend="triton", dtype="bf16"))
+    with pytest.raises(UserError, match="--drop-mass is for the head's Triton kernels"):
+        check_backend(dataclasses.replace(CONFIG, drop_mass=1e-3))
+    check_backend(dataclasses.replace(CONFIG, drop_mass=1e-3, backend="triton"))  # in the interpreter, here
     with pytest.raises(UserError, match="--cuda-graphs needs a GPU"):
         check_backend(dataclasses.replace(CONFIG, cuda_graphs=True))
     with pytest.raises(UserError, match="--cuda-graphs records Triton's attention"):
@@ -207,3 +210,16 @@ def test_the_kernels_train_as_torch_does(loss):
     assert kernels == pytest.approx(torchs, rel=1e-4, abs=1e-6)
     assert abs(torchs[-1] - torchs[0]) > 1e-3
     assert float((kernel_weights - torch_weights).norm() / torch_weights.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("loss", ["dapo", "gspo"])  # gspo's goes through the separate operators
+def test_a_drop_mass_reaches_the_gradient_and_nothing_else(student, loss):
+    row = pack(episodes(), ADVANTAGES, 100)[0]
+    found = {}
+    for drop_mass in (0.0, 1e-6, 0.9):
+        config = dataclasses.replace(CONFIG, backend="triton", loss=loss, drop_mass=drop_mass)
+        found[drop_mass] = gradient(student, [row], config)
+    exact, same, dropped = (found[drop_mass][1] for drop_mass in (0.0, 1e-6, 0.9))
+    assert found[0.0][0] == found[0.9][0]  # the loss
+    assert float((same - exact).norm() / exact.norm()) < 1e-5  # all tiles, rows in another order
+    assert 1e-3 < float((dropped - exact).norm() / exact.norm()) < 1
