@@ -53,7 +53,7 @@ def test_the_keep_rate_and_its_error(tmp_path, capsys, monkeypatch):
     whole = lost - 8 * math.log(4) / 11
     assert found == {
         "drop_mass": 0.1, "kept": 0.5, "kept_in_order": 0.5, "error": pytest.approx(-lost / whole),
-        "error_of_bound": pytest.approx(lost / (2 * 0.1 * 40)),
+        "error_of_sum": pytest.approx(-lost / whole), "error_of_bound": pytest.approx(lost / (2 * 0.1 * 40)),
     }  # fmt: skip
     assert keep_rate(torch.ones(1, 1), torch.tensor([0]), head, 1.0, 0.05)["kept"] == 1
 
