@@ -37,21 +37,24 @@ DROP_MASSES = (3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)
 
 def main(argv: list[str]) -> None:
     """Print a Markdown table and one JSON line, for the student of any configuration of train.py, cold-started."""
-    hidden_NH, targets_N, student, config = sampled_rows(parse(argv))
-    rows = [keep_rate(hidden_NH, targets_N, student, config.temperature, drop_mass) for drop_mass in DROP_MASSES]
+    *rows, student, config = sampled_rows(parse(argv))
+    rates = [keep_rate(*rows, student, config.temperature, drop_mass) for drop_mass in DROP_MASSES]
     print("| drop_mass | tiles kept | in the order of the text | error, relative RMS | of the sum | largest / bound |")
     print("|---|---|---|---|---|---|")
-    for row in rows:
+    for row in rates:
         print(
             f"| {row['drop_mass']:.0e} | {row['kept']:.1%} | {row['kept_in_order']:.1%} | {row['error']:.1e} | "
             f"{row['error_of_sum']:.1e} | {row['error_of_bound']:.2f} |"
         )
     about = {"command": " ".join(["python -m bench keep-rate", *argv]), **machine(config.device)}
-    print(json.dumps({**about, "student": config.student, "tokens": len(hidden_NH), "rows": rows}))
+    print(json.dumps({**about, "student": config.student, "tokens": len(rows[0]), "rows": rates}))
 
 
-def sampled_rows(config: Config) -> tuple[torch.Tensor, torch.Tensor, Student, Config]:
-    """Hidden states [N, H] and ids [N] of the tokens that one step samples, in the order of its packed rows."""
+def sampled_rows(config: Config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Student, Config]:
+    """Hidden states [N, H], ids and advantages [N] of the tokens that one step samples, in its packed rows' order.
+
+    The advantages are 1 and -1 in turn: of each group as many of the one as of the other, as centred ones would be.
+    """
     with tempfile.TemporaryDirectory() as folder, prepare(replace(config, out=str(Path(folder) / "run"))) as run:
         c = run.config
         cold_start(run)
@@ -60,19 +63,28 @@ def sampled_rows(config: Config) -> tuple[torch.Tensor, torch.Tensor, Student, C
             run.engine, run.chat, run.take(0), group_size=c.group_size, limits=run.limits,
             sampling=run.sampling, seed=c.seed, step=0, run_call=run.run_call,
         )  # fmt: skip
-        batches = pack(rollouts, [0.0] * len(rollouts), c.micro_tokens)
+        batches = pack(rollouts, [1.0 - 2.0 * (i % 2) for i in range(len(rollouts))], c.micro_tokens)
         with torch.no_grad():
             hidden_NH = torch.cat([sampled_hidden(run.student, b) for b in batches])
-        return hidden_NH, torch.cat([b.targets_N for b in batches]).to(hidden_NH.device), run.student, c
+        targets_N, advantage_N = (
+            torch.cat([getattr(b, name) for b in batches]).to(hidden_NH.device) for name in ("targets_N", "advantage_N")
+        )
+        return hidden_NH, targets_N, advantage_N, run.student, c
 
 
 @torch.no_grad()
 def keep_rate(
-    hidden_NH: torch.Tensor, targets_N: torch.Tensor, student: Student, temperature: float, drop_mass: float
+    hidden_NH: torch.Tensor,
+    targets_N: torch.Tensor,
+    advantage_N: torch.Tensor,
+    student: Student,
+    temperature: float,
+    drop_mass: float,
 ) -> dict[str, float]:
     """Tiles kept over all tiles, sorted as the kernels do and unsorted; the error of d logprob / d hidden.
 
-    The error has a direction, for it is always a tail that is not pushed down; so that of the sum is given too.
+    The error has a direction, for it is always a tail that is not pushed down. So it is given of their sum too, weighed
+    by the advantages.
     """
     weight_VH, scale = student.head_weight_VH.float(), student.logit_scale / temperature
     longest = float(weight_VH.norm(dim=1).max()) * abs(scale)
@@ -108,6 +120,6 @@ def keep_rate(
         "kept": kept / tiles,
         "kept_in_order": in_order / tiles,
         "error": float(error_NH.norm() / gradient_NH.norm()),
-        "error_of_sum": float(error_NH.sum(0).norm() / gradient_NH.sum(0).norm()),
+        "error_of_sum": float((advantage_N @ error_NH).norm() / (advantage_N @ gradient_NH).norm()),
         "error_of_bound": float(error_NH.norm(dim=1).max()) / (2 * drop_mass * longest),
     }

@@ -48,14 +48,14 @@ def test_the_keep_rate_and_its_error(tmp_path, capsys, monkeypatch):
     weight = torch.full((256, 1), -40.0)
     weight[[0, 1, 200], 0] = torch.tensor([2.0, 8.0, 1.0]).log()
     head = SimpleNamespace(head_weight_VH=weight, logit_scale=1.0, softcap=None)
-    found = keep_rate(torch.ones(1, 1), torch.tensor([0]), head, 1.0, 0.1)
+    found = keep_rate(torch.ones(1, 1), torch.tensor([0]), torch.ones(1), head, 1.0, 0.1)
     lost = math.log(2) / 11
     whole = lost - 8 * math.log(4) / 11
     assert found == {
         "drop_mass": 0.1, "kept": 0.5, "kept_in_order": 0.5, "error": pytest.approx(-lost / whole),
         "error_of_sum": pytest.approx(-lost / whole), "error_of_bound": pytest.approx(lost / (2 * 0.1 * 40)),
     }  # fmt: skip
-    assert keep_rate(torch.ones(1, 1), torch.tensor([0]), head, 1.0, 0.05)["kept"] == 1
+    assert keep_rate(torch.ones(1, 1), torch.tensor([0]), torch.ones(1), head, 1.0, 0.05)["kept"] == 1
 
 
 def test_the_kernels_bench_times_what_is_right_and_lists_what_is_not(tmp_path, capsys):

@@ -20,9 +20,9 @@ has there, as long as NO row of the block has lost more than `drop_mass`: that b
 distribution. Neighbours in a text need different tiles; sorted by how many tiles they need alone, the many rows that
 need three do not pay for the few that need three hundred.
 
-Bytes and FLOPs: some twenty reads and writes of a float32 [V / 128, R], and a sort of [V / 128, R / 128] numbers: 1 %
-of the traffic of K3's GEMM, of which the tiles left out are saved whole. Nothing is read back: counts and lists stay on
-the device.
+Bytes and FLOPs: the [V / 128, R] weights are read and written some twenty times, half of them as int64: 1.2 bytes a
+logit, beside the 4 that K1 writes and K3 reads of e, in some thirty launches; K3's GEMM is saved for the tiles left
+out. Nothing is read back: counts and lists stay on the device.
 """
 
 from __future__ import annotations

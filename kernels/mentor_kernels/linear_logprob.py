@@ -31,7 +31,8 @@ copy at V = 49,152. The torch backend holds one tile of logits (TILINGS); the vo
 is read, and widened to float32, once a sweep. On CUDA it gives bf16 to cuBLAS as it is, for float32 sums, and rounds e
 for the second GEMM as K3 does. The Triton backend keeps logits in registers and stores, for a chunk of rows,
 e = exp(z - m) in the head's dtype: WORKSPACE_BYTES, or 512 rows where those take more (twice that with a reference,
-linear_kl.py), and 4 bytes of traffic a logit. K3's splits take a tenth of that again.
+linear_kl.py), and 4 bytes of traffic a logit. K3's splits take a tenth of that again. With a `drop_mass`, K3 leaves out
+the tiles of the vocabulary that hold almost nothing of a block of rows (active_tiles.py).
 
 The Triton kernels, in the order of the data:
 
