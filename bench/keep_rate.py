@@ -6,22 +6,25 @@ logprobs is made in float32 with all tiles and with those: how many are kept, an
 
     2 drop_mass max_v |W_v| |scale| / temperature
 
-Rollouts are sampled as a run's first step would, and packed as its loss would see them. Tiles are counted, nothing is
-timed: the kernels that skip them run on a GPU.
+Rollouts are sampled as a run's first step would, and packed as its loss would see them. On a GPU the kernels that skip
+the tiles are timed too; in Triton's interpreter a time would say nothing.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from mentor_kernels import linear_logprob
 from mentor_kernels.active_tiles import active_tiles
 
-from bench.measure import machine
+from bench.measure import machine, seconds
 from lite_mentor.batch import pack
 from lite_mentor.config import Config, parse
 from lite_mentor.loss import sampled_hidden
@@ -32,6 +35,7 @@ from train import cold_start
 
 # Of the kernels: rows that share their tiles, columns of a tile, rows of a chunk.
 BLOCK_ROWS, TILE_COLUMNS, CHUNK_ROWS = 128, 128, 1024
+TURNS = 9
 DROP_MASSES = (3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)
 
 
@@ -46,6 +50,11 @@ def main(argv: list[str]) -> None:
             f"| {row['drop_mass']:.0e} | {row['kept']:.1%} | {row['kept_in_order']:.1%} | {row['error']:.1e} | "
             f"{row['error_of_sum']:.1e} | {row['error_of_bound']:.2f} |"
         )
+    if config.device.startswith("cuda"):
+        times = score_and_gradient_seconds(*rows[:2], student, config.temperature, config.device)
+        for row in rates:
+            row["seconds_of_exact"] = times[row["drop_mass"]] / times[0.0]
+            print(f"drop_mass {row['drop_mass']:.0e}: {row['seconds_of_exact']:.2f} of the time of the whole gradient")
     about = {"command": " ".join(["python -m bench keep-rate", *argv]), **machine(config.device)}
     print(json.dumps({**about, "student": config.student, "tokens": len(rows[0]), "rows": rates}))
 
@@ -123,3 +132,18 @@ def keep_rate(
         "error_of_sum": float((advantage_N @ error_NH).norm() / (advantage_N @ gradient_NH).norm()),
         "error_of_bound": float(error_NH.norm(dim=1).max()) / (2 * drop_mass * longest),
     }
+
+
+def score_and_gradient_seconds(
+    hidden_NH: torch.Tensor, targets_N: torch.Tensor, student: Student, temperature: float, device: str
+) -> dict[float, float]:
+    """drop_mass -> seconds of the Triton kernels for logprobs and their gradient, medians of turns."""
+    masses = (0.0, *DROP_MASSES)
+    times: dict[float, list[float]] = {drop_mass: [] for drop_mass in masses}
+    hidden_NH = hidden_NH.detach().requires_grad_()
+    for _ in range(1 + TURNS):
+        for drop_mass in masses:
+            how = dict(softcap=student.softcap, scale=student.logit_scale, drop_mass=drop_mass, backend="triton")
+            run = partial(linear_logprob, hidden_NH, student.head_weight_VH, targets_N, temperature=temperature, **how)
+            times[drop_mass].append(seconds(run, device))
+    return {drop_mass: statistics.median(taken[1:]) for drop_mass, taken in times.items()}  # the first compiled

@@ -15,7 +15,7 @@ import torch
 from bench import all as everything
 from bench import kernels, measure, peers
 from bench.__main__ import main as bench_main
-from bench.keep_rate import keep_rate
+from bench.keep_rate import DROP_MASSES, keep_rate, score_and_gradient_seconds
 from lite_mentor.errors import UserError
 from tests.test_train import SHORT
 
@@ -56,6 +56,18 @@ def test_the_keep_rate_and_its_error(tmp_path, capsys, monkeypatch):
         "error_of_sum": pytest.approx(-lost / whole), "error_of_bound": pytest.approx(lost / (2 * 0.1 * 40)),
     }  # fmt: skip
     assert keep_rate(torch.ones(1, 1), torch.tensor([0]), torch.ones(1), head, 1.0, 0.05)["kept"] == 1
+
+
+def test_the_kernels_that_leave_tiles_out_are_timed(kernel_device, monkeypatch):
+    """Their ratio on a GPU comes from here; in the interpreter only that all are timed is seen."""
+    monkeypatch.setattr("bench.keep_rate.TURNS", 1)
+    make = torch.Generator().manual_seed(0)
+    weight, hidden = (torch.randn(n, 8, generator=make).to(kernel_device) for n in (300, 5))
+    head = SimpleNamespace(head_weight_VH=weight, logit_scale=1.0, softcap=None)
+    targets = torch.arange(5, device=kernel_device)
+    found = score_and_gradient_seconds(hidden, targets, head, 0.7, kernel_device)
+    assert list(found) == [0.0, *DROP_MASSES]
+    assert all(taken > 0 for taken in found.values())
 
 
 def test_the_kernels_bench_times_what_is_right_and_lists_what_is_not(tmp_path, capsys):
