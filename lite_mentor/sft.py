@@ -104,14 +104,12 @@ def cold_start(
     rollouts: Sequence[Rollout],
     config: Config,
     guard: Guard,
-    start: int = 0,
 ) -> Iterator[dict[str, float]]:
     """Take `config.sft_steps` supervised steps over the teacher's rollouts, yielding each step's metrics.
 
-    Step k always sees the same records, so a run may be continued at any `start`. Updates that are not finite are not
-    applied; raises Diverged after three in a row.
+    Step k always sees the same records. Updates that are not finite are not applied; raises Diverged after three in a
+    row.
     """
-
     labels = read_labels(Path(config.soft_labels)) if config.soft_labels else None
 
     def loss_of(batch: Batch, chosen: Sequence[Rollout]) -> torch.Tensor:
@@ -122,7 +120,7 @@ def cold_start(
     def loss_alone(s: Scored) -> torch.Tensor:
         return loss_of(pack([s.rollout], [0.0], config.micro_tokens)[0], [s.rollout])
 
-    for step in range(start, config.sft_steps):
+    for step in range(config.sft_steps):
         chosen = [rollouts[(step * config.sft_batch + i) % len(rollouts)] for i in range(config.sft_batch)]
         batches = pack(chosen, [0.0] * len(chosen), config.micro_tokens)
         loss = 0.0
