@@ -9,10 +9,9 @@ from mentor_kernels import (
     Normaliser,
     PolicyLossConfig,
     PolicyLossOut,
+    TeacherTopK,
     linear_logprob,
     linear_policy_loss,
-    linear_topk,
-    topk_kl,
 )
 from mentor_kernels.backend import interpreted, resolve_head_backend
 
@@ -62,15 +61,33 @@ def logprobs(
     return out.logprob_N, out.entropy_N
 
 
-def teacher_kl(
-    student: Student, batch: Batch, ids_NK: torch.Tensor, logp_NK: torch.Tensor, backend: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logprob [N] of each sampled token, KL [N] of the teacher whose likeliest tokens these are to the student)."""
-    hidden_NH, weight_VH = sampled_hidden(student, batch), student.head_weight_VH
-    targets_N, ids_NK, logp_NK = (x.to(hidden_NH.device) for x in (batch.targets_N, ids_NK, logp_NK))
-    how = _head(student, 1.0, backend)
-    logp_N = linear_logprob(hidden_NH, weight_VH, targets_N, **how).logprob_N
-    return logp_N, topk_kl(linear_topk(hidden_NH, weight_VH, targets_N, logp_N, ids_NK, **how), logp_NK)
+def supervised_loss(
+    student: Student,
+    batch: Batch,
+    backend: str | None = None,
+    soft: tuple[torch.Tensor, torch.Tensor] | None = None,
+    soft_weight: float = 0.0,
+) -> torch.Tensor:
+    """Mean negative logprob of the sampled tokens, as this row's share of the whole step's.
+
+    That is cispo's loss with an advantage of 1, since without old logprobs every ratio is 1. With `soft`, a teacher's
+    likeliest tokens and their logprobs [N, K], soft_weight of it is the KL to those.
+    """
+    hidden_NH = sampled_hidden(student, batch)
+    device = hidden_NH.device
+    targets_N, sequence_N = batch.targets_N.to(device), batch.sequence_N.to(device)
+    return linear_policy_loss(
+        hidden_NH,
+        student.head_weight_VH,
+        targets_N,
+        old_logp_N=None,
+        advantage_N=torch.full(targets_N.shape, 1 - soft_weight if soft else 1.0, device=device),
+        sequence_N=sequence_N,
+        teacher=TeacherTopK(*(x.to(device) for x in soft), soft_weight) if soft else None,
+        **_head(student, 1.0, backend),
+        config=PolicyLossConfig(loss="cispo"),
+        normaliser=Normaliser(tokens=batch.global_tokens, sequences=batch.global_sequences),
+    ).loss
 
 
 def sampled_hidden(student: Student, batch: Batch) -> torch.Tensor:

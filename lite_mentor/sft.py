@@ -15,7 +15,7 @@ import torch
 from lite_mentor.batch import pack
 from lite_mentor.config import Config
 from lite_mentor.errors import UserError
-from lite_mentor.loss import logprobs, teacher_kl
+from lite_mentor.loss import supervised_loss
 from lite_mentor.optim import Guard, apply_gradients, blame, learning_rate
 from lite_mentor.prompt import Chat
 from lite_mentor.soft import read as read_labels
@@ -80,24 +80,6 @@ def teacher_rollout(
     )
 
 
-def sft_loss(
-    student: Student,
-    batch: Batch,
-    backend: str | None = None,
-    soft: tuple[torch.Tensor, torch.Tensor] | None = None,
-    soft_weight: float = 0.0,
-) -> torch.Tensor:
-    """Mean negative logprob of the assistant's tokens, as this row's share of the whole step's.
-
-    With `soft`, the teacher's likeliest tokens and their logprobs [N, K], soft_weight of it is the KL to those.
-    """
-    if soft is None:
-        logp_N, _ = logprobs(student, batch, backend=backend)
-        return -logp_N.sum() / batch.global_tokens
-    logp_N, kl_N = teacher_kl(student, batch, *soft, backend=backend)
-    return ((soft_weight - 1) * logp_N.sum() + soft_weight * kl_N.sum()) / batch.global_tokens
-
-
 def cold_start(
     student: Student,
     optimizer: torch.optim.Optimizer,
@@ -115,7 +97,7 @@ def cold_start(
     def loss_of(batch: Batch, chosen: Sequence[Rollout]) -> torch.Tensor:
         within = [chosen[i] for i in batch.sequence_N.unique_consecutive().tolist()]
         soft = labels.of(within) if labels else None
-        return sft_loss(student, batch, config.kernel_backend, soft, config.soft_weight)
+        return supervised_loss(student, batch, config.kernel_backend, soft, config.soft_weight)
 
     def loss_alone(s: Scored) -> torch.Tensor:
         return loss_of(pack([s.rollout], [0.0], config.micro_tokens)[0], [s.rollout])

@@ -338,5 +338,6 @@ def test_the_fused_operator_keeps_its_promises(kernel_device):
     vectors = [x.to(kernel_device) for x in (torch.linspace(-1, 1, 6), torch.tensor([0, 0, 0, 1, 1, 1]))]
     config = ("dapo", 0.2, 0.28, 3.0, 5.0, "k3", 0.0, 0.1, 2.0, "tis", "token", None)
     torch.library.opcheck(
-        _linear_policy_loss, (*inputs, None, *vectors, None, None, None, 0.9, None, 1.0, *config, 6, 2, 0.0, True)
+        _linear_policy_loss,
+        (*inputs, None, *vectors, None, None, None, None, None, 0.0, 0.9, None, 1.0, *config, 6, 2, 0.0, True),
     )

@@ -219,9 +219,9 @@ def test_bad_input(kernel_device, backend):
         return linear_topk(hidden, weight, targets, logp, ids, backend=backend, **options)
 
     for wrong in (ids[:2], ids[0], ids[None]):
-        with pytest.raises(ValueError, match=r"expected logprob_N \[N\] and ids_NK \[N, K\] for N = 3 rows"):
+        with pytest.raises(ValueError, match=r"ids_NK must be \[N, K\] for N = 3 rows"):
             run(wrong)
-    with pytest.raises(ValueError, match="expected logprob_N"):
+    with pytest.raises(ValueError, match=r"logprob_N must be \[N\] for N = 3 rows"):
         run(logp=logp[:2])
     with pytest.raises(ValueError, match="ids_NK must be int64"):
         run(ids.int())

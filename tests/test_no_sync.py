@@ -17,6 +17,7 @@ from mentor_kernels import (
     PagedRows,
     PolicyLossConfig,
     RewardConfig,
+    TeacherTopK,
     group_advantage,
     linear_kl,
     linear_logprob,
@@ -116,11 +117,12 @@ def of_the_loss(device: str) -> dict:
 def fused_loss(device: str, **settings) -> Callable[[], object]:
     hidden, weight, targets, reference = head_inputs(device)
     config, vectors = PolicyLossConfig(entropy_coef=0.01, beta=0.1, **settings), of_the_loss(device)
+    teacher = TeacherTopK(torch.arange(N * K, device=device).view(N, K), torch.full((N, K), -2.0, device=device), 0.5)
 
     def run():
         out = linear_policy_loss(
             hidden, weight, targets, old_logp_N=None, ref_hidden_NH=reference, config=config,
-            normaliser=Normaliser(N, 4), backend="triton", **vectors,
+            normaliser=Normaliser(N, 4), backend="triton", teacher=teacher, **vectors,
         )  # fmt: skip
         out.loss.backward()
 

@@ -11,6 +11,7 @@ import torch
 from lite_mentor import sft
 from lite_mentor.batch import pack
 from lite_mentor.config import PRESETS
+from lite_mentor.loss import supervised_loss
 from lite_mentor.optim import Diverged, Guard, make_optimizer
 from lite_mentor.prompt import Chat
 from lite_mentor.student import load_student
@@ -55,8 +56,8 @@ def test_a_record_is_the_conversation_with_the_assistants_tokens_marked(examples
 def test_the_loss_is_the_mean_over_all_rows_however_they_are_packed(examples):
     student, chat = fresh()
     rollouts = [sft.teacher_rollout(chat, e, record(e), student.eos_ids[0]) for e in examples[:4]]
-    one = sum(sft.sft_loss(student, b).item() for b in pack(rollouts, [0.0] * 4, 2000))
-    four = sum(sft.sft_loss(student, b).item() for b in pack(rollouts, [0.0] * 4, 200))
+    one = sum(supervised_loss(student, b).item() for b in pack(rollouts, [0.0] * 4, 2000))
+    four = sum(supervised_loss(student, b).item() for b in pack(rollouts, [0.0] * 4, 200))
     assert one == pytest.approx(four, rel=1e-5)
     assert one > 1
 
@@ -80,13 +81,11 @@ def test_a_record_that_breaks_the_loss_is_named_and_three_in_a_row_end_it(exampl
     rollouts = [sft.teacher_rollout(chat, e, record(e), student.eos_ids[0]) for e in examples[:4]]
     rollouts[1].ids[rollouts[1].prompt_length + 1] = bell = 7  # a byte that no other record has
     before = torch.cat([p.detach().flatten().clone() for p in student.trainable()])
-    real = sft.logprobs
 
-    def logprobs(student, batch, **how):
-        logp_N, entropy_N = real(student, batch, **how)
-        return (logp_N * float("inf") if bell in batch.ids_T.tolist() else logp_N), entropy_N
+    def broken(student, batch, *how):
+        return supervised_loss(student, batch, *how) * (float("inf") if bell in batch.ids_T.tolist() else 1)
 
-    monkeypatch.setattr(sft, "logprobs", logprobs)
+    monkeypatch.setattr(sft, "supervised_loss", broken)
     said, optimizer = [], make_optimizer(student.trainable(), CONFIG)
     with pytest.raises(Diverged, match="Three updates in a row were refused, the last at cold start step 2"):
         list(sft.cold_start(student, optimizer, rollouts, CONFIG, Guard(tmp_path, said.append)))

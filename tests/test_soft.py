@@ -14,6 +14,7 @@ from lite_mentor import label, sft, soft
 from lite_mentor.batch import pack
 from lite_mentor.config import PRESETS, parse
 from lite_mentor.errors import UserError
+from lite_mentor.loss import supervised_loss
 from lite_mentor.optim import Guard, make_optimizer
 from lite_mentor.prompt import Chat
 from lite_mentor.run import training_examples
@@ -114,7 +115,7 @@ def test_the_loss_by_hand(records):
         N = len(batch.targets_N)
         ids = torch.randint(0, len(student.head_weight_VH), (N, 3), generator=make)
         logq = torch.log_softmax(torch.randn(N, 4, generator=make), -1)[:, :3]
-        found += sft.sft_loss(student, batch, soft=(ids, logq), soft_weight=0.25).item()
+        found += supervised_loss(student, batch, soft=(ids, logq), soft_weight=0.25).item()
         with torch.no_grad():
             hidden = label.sampled_hidden(student, batch)
             log_p = torch.log_softmax(hidden.double() @ student.head_weight_VH.double().T, -1)
@@ -132,7 +133,7 @@ def test_a_cold_start_on_soft_labels_alone_comes_closer_to_its_teacher(labels_fi
         with torch.no_grad():
             batches = pack(rollouts, [0.0] * 12, 2000)
             parts = [
-                sft.sft_loss(student, b, None, labels.of([rollouts[i] for i in b.sequence_N.unique().tolist()]), 1.0)
+                supervised_loss(student, b, None, labels.of([rollouts[i] for i in b.sequence_N.unique().tolist()]), 1.0)
                 for b in batches
             ]
         return sum(part.item() for part in parts)

@@ -18,7 +18,7 @@ from mentor_kernels.group_advantage import STANDARD_TERMS, AdvantageOut, RewardC
 from mentor_kernels.linear_kl import linear_kl
 from mentor_kernels.linear_logprob import LogprobOut, linear_logprob
 from mentor_kernels.linear_policy_loss import linear_policy_loss
-from mentor_kernels.linear_topk import linear_topk, topk_kl
+from mentor_kernels.linear_topk import TeacherTopK, linear_topk, topk_kl
 from mentor_kernels.paged_attention import PagedRows, paged_attention
 from mentor_kernels.policy_loss import Normaliser, PolicyLossConfig, PolicyLossOut, policy_loss
 from mentor_kernels.sample import SampleOut, sample
@@ -33,6 +33,7 @@ __all__ = [
     "PolicyLossOut",
     "RewardConfig",
     "SampleOut",
+    "TeacherTopK",
     "group_advantage",
     "linear_kl",
     "linear_logprob",

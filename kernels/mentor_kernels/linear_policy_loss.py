@@ -8,6 +8,9 @@ is one sum over the vocabulary, K3's loss mode (linear_logprob.py); a, of the ex
 coefficients of a token are known as soon as its logprob is, so a chunk of rows goes through K1, K2, the slopes and K3
 while its exponentials are still at hand.
 
+With a teacher's likeliest tokens (linear_topk.py), the loss has a term weight w KL_K for each token. Its part of the
+sum joins c as -weight w Q; K + 1 gathered rows of the head are the rest.
+
 FLOPs, in units of one GEMM of the head: 2, an entropy bonus included, and 3 with the exact KL; the separate operators
 take 4 and 5 to 7. Rows whose coefficients are all 0 (of a silent group, a clipped token) cost nothing in K3: they go to
 the end of their chunk, and blocks of nothing else skip their GEMM. Without the exact KL the logprobs, the loss and
@@ -39,6 +42,7 @@ from mentor_kernels.linear_logprob import (
     rows_last_contiguous,
     score_chunk,
 )
+from mentor_kernels.linear_topk import TeacherTopK, check_teacher, follow_teacher, linear_topk, topk_kl
 from mentor_kernels.policy_loss import (
     METRICS,
     Normaliser,
@@ -48,6 +52,7 @@ from mentor_kernels.policy_loss import (
     forward_triton,
     named_metrics,
     policy_loss,
+    token_weights,
 )
 
 
@@ -60,19 +65,24 @@ def _forward_fused(
     ref_logp_N: torch.Tensor | None,
     behaviour_logp_N: torch.Tensor | None,
     ref_hidden_NH: torch.Tensor | None,
+    teacher: TeacherTopK | None,
     head: Head,
     config: PolicyLossConfig,
     normaliser: Normaliser,
     gradient: bool,
     drop_mass: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, d loss / d hidden [N, H] in its dtype or [0, H] without `gradient`, metrics in the order of METRICS)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, d loss / d hidden [N, H] in its dtype or [0, H] without `gradient`, metrics, KL to the teacher [N]).
+
+    The metrics are in the order of METRICS; without a teacher the last is empty.
+    """
     hidden_NH, targets_N = rows_last_contiguous(hidden_NH), targets_N.contiguous()
     exact = ref_hidden_NH is not None
     if exact:
         ref_hidden_NH = rows_last_contiguous(ref_hidden_NH)
     found = new_rows(hidden_NH, reference=exact)
     grad_NH = hidden_NH.new_empty(hidden_NH.shape if gradient else (0, hidden_NH.shape[1]))
+    teacher_kl_N = advantage_N.new_empty(len(advantage_N) if teacher else 0)
     # A token's weight in the loss depends on the sequences alone, its slope by a weight of 1 on the token alone.
     nothing_N = torch.zeros_like(advantage_N)
     w_N = forward_triton(nothing_N, None, nothing_N, sequence_N, None, None, None, config, normaliser)[2]
@@ -81,6 +91,10 @@ def _forward_fused(
         part = found.part(rows)
         ref_hidden_RH = ref_hidden_NH[rows] if exact else None
         score_chunk(hidden_NH[rows], targets_N[rows], head, space, part, ref_hidden_RH)
+        if teacher:
+            teacher_kl_N[rows], by_logprob_R, by_tokens_RH = follow_teacher(
+                hidden_NH[rows], targets_N[rows], part.logprob_R, head, teacher.ids_NK[rows], teacher.logp_NK[rows]
+            )
         if gradient:
             old_R, ref_R, behaviour_R = (
                 None if v is None else v[rows] for v in (old_logp_N, ref_logp_N, behaviour_logp_N)
@@ -97,16 +111,22 @@ def _forward_fused(
                 one,
             )
             w_R = w_N[rows]
+            if teacher:
+                slope_R += teacher.weight * by_logprob_R
             gradient_chunk(
                 targets_N[rows], head, space, part, grad_NH[rows], w_R * slope_R,
                 w_R * -config.entropy_coef if config.entropy_coef else None, w_R * config.beta if exact else None,
                 drop_mass,
             )  # fmt: skip
+            if teacher:
+                grad_NH[rows].addcmul_((teacher.weight * w_R)[:, None], by_tokens_RH)
     loss, _, _, metrics = forward_triton(
         found.logprob_R, old_logp_N, advantage_N, sequence_N, found.kl_R if exact else ref_logp_N, behaviour_logp_N,
         found.entropy_R, config, normaliser,
     )  # fmt: skip
-    return loss, grad_NH, metrics
+    if teacher:
+        loss = loss + teacher.weight * (w_N * teacher_kl_N).sum()
+    return loss, grad_NH, metrics, teacher_kl_N
 
 
 # --- the operator that autograd and torch.compile see --------------------------------------------------------------
@@ -123,6 +143,9 @@ def _linear_policy_loss(
     ref_logp_N: torch.Tensor | None,
     behaviour_logp_N: torch.Tensor | None,
     ref_hidden_NH: torch.Tensor | None,
+    teacher_ids_NK: torch.Tensor | None,
+    teacher_logp_NK: torch.Tensor | None,
+    teacher_weight: float,
     temperature: float,
     softcap: float | None,
     scale: float,
@@ -142,36 +165,45 @@ def _linear_policy_loss(
     sequences: int,
     drop_mass: float,
     gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     config = PolicyLossConfig(
         loss, clip_low, clip_high, dual_clip, cispo_max, kl, beta, entropy_coef, tis_cap, tis_mode, tis_level,
         max_new_tokens,
     )  # fmt: skip
     check_ids("targets_N", targets_N, weight_VH, "triton")
+    teacher = None
+    if teacher_ids_NK is not None:
+        check_ids("the teacher's ids_NK", teacher_ids_NK, weight_VH, "triton")
+        teacher = TeacherTopK(teacher_ids_NK, teacher_logp_NK, teacher_weight)
     with torch.cuda.device_of(hidden_NH):
         return _forward_fused(
             hidden_NH, targets_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, ref_hidden_NH,
-            Head(rows_last_contiguous(weight_VH), temperature, softcap, scale), config, Normaliser(tokens, sequences),
-            gradient, drop_mass,
+            teacher, Head(rows_last_contiguous(weight_VH), temperature, softcap, scale), config,
+            Normaliser(tokens, sequences), gradient, drop_mass,
         )  # fmt: skip
 
 
 @_linear_policy_loss.register_fake
-def _(hidden_NH, weight_VH, targets_N, old_logp_N, advantage_N, *rest):
-    rows = hidden_NH.shape[0] if rest[-1] else 0
-    grad_NH = hidden_NH.new_empty(rows, hidden_NH.shape[1])
-    return advantage_N.new_empty(()), grad_NH, advantage_N.new_empty(len(METRICS))
+def _(hidden_NH, weight_VH, targets_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N,
+      ref_hidden_NH, teacher_ids_NK, *rest):  # fmt: skip
+    N, H = hidden_NH.shape
+    return (
+        advantage_N.new_empty(()),
+        hidden_NH.new_empty(N if rest[-1] else 0, H),
+        advantage_N.new_empty(len(METRICS)),
+        advantage_N.new_empty(0 if teacher_ids_NK is None else N),
+    )
 
 
 def _setup_context(ctx, inputs, output):
-    _, grad_NH, metrics = output
-    ctx.mark_non_differentiable(grad_NH, metrics)
+    _, grad_NH, metrics, teacher_kl_N = output
+    ctx.mark_non_differentiable(grad_NH, metrics, teacher_kl_N)
     ctx.save_for_backward(grad_NH)
 
 
 def _backward(ctx, grad_loss, *_):
     (grad_NH,) = ctx.saved_tensors
-    return (grad_loss * grad_NH).to(grad_NH.dtype), *[None] * 27
+    return (grad_loss * grad_NH).to(grad_NH.dtype), *[None] * 30
 
 
 _linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -191,6 +223,7 @@ def linear_policy_loss(
     ref_hidden_NH: torch.Tensor | None = None,
     ref_logp_N: torch.Tensor | None = None,
     behaviour_logp_N: torch.Tensor | None = None,
+    teacher: TeacherTopK | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     scale: float = 1.0,
@@ -202,8 +235,9 @@ def linear_policy_loss(
     """`policy_loss` of `linear_logprob`: hidden states and a frozen head in, the loss out.
 
     The reference comes as logprobs, or as its hidden states under the same head; not both. config.kl = "exact" needs
-    the hidden states. Differentiable in hidden_NH alone; everything else is a constant. Otherwise as the separate
-    operators, their ValueErrors included; a drop_mass does not go with the exact KL.
+    the hidden states. With a `teacher`, each token's KL to it is added, under the teacher's weight and the token's own.
+    Differentiable in hidden_NH alone; everything else is a constant. Otherwise as the separate operators, their
+    ValueErrors included; a drop_mass does not go with the exact KL.
     """
     check_drop_mass(drop_mass)
     head = dict(temperature=temperature, softcap=softcap, scale=scale, backend=backend)
@@ -217,6 +251,8 @@ def linear_policy_loss(
     if ref_hidden_NH is not None and not exact:
         with torch.no_grad():
             ref_logp_N = linear_logprob(ref_hidden_NH, weight_VH, targets_N, **head).logprob_N
+    if teacher:
+        check_teacher(teacher, targets_N)
     vectors = dict(old_logp_N=old_logp_N, ref_logp_N=ref_logp_N, behaviour_logp_N=behaviour_logp_N)
     whole_sequences = config.loss == "gspo" or (
         config.tis_level == "sequence" and config.tis_cap is not None and behaviour_logp_N is not None
@@ -224,7 +260,7 @@ def linear_policy_loss(
     if resolve_head_backend(backend, hidden_NH.device) == "torch" or whole_sequences:
         logprob_N, entropy_N = linear_logprob(hidden_NH, weight_VH, targets_N, drop_mass=drop_mass, **head)
         kl_N = linear_kl(hidden_NH, ref_hidden_NH, weight_VH, **head) if exact and ref_hidden_NH is not None else None
-        return policy_loss(
+        out = policy_loss(
             logprob_N,
             vectors.pop("old_logp_N"),
             advantage_N,
@@ -236,6 +272,14 @@ def linear_policy_loss(
             backend=backend,
             **vectors,
         )
+        if not teacher:
+            return out
+        teacher_kl_N = topk_kl(
+            linear_topk(hidden_NH, weight_VH, targets_N, logprob_N, teacher.ids_NK, **head), teacher.logp_NK
+        )
+        w_N = token_weights(sequence_N, logprob_N.dtype, config, normaliser, backend)
+        loss = out.loss + teacher.weight * (w_N * teacher_kl_N).sum()
+        return PolicyLossOut(loss, {**out.metrics, **_teacher_metric(teacher_kl_N.detach(), normaliser)})
     check_head(hidden_NH, weight_VH, targets_N, temperature, softcap)
     check_triton(hidden_NH)
     logp_N = hidden_NH.new_empty(hidden_NH.shape[0], dtype=torch.float32)
@@ -243,14 +287,15 @@ def linear_policy_loss(
         check_head(ref_hidden_NH, weight_VH, targets_N, temperature, softcap)
         vectors["kl_N"] = logp_N  # will be made
     check_inputs(logp_N, sequence_N, {"kl_N": None, "advantage_N": advantage_N, **vectors}, config)
-    loss, _, metrics = _linear_policy_loss(
+    loss, _, metrics, teacher_kl_N = _linear_policy_loss(
         hidden_NH, weight_VH, targets_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N,
         ref_hidden_NH if exact else None,
+        *((teacher.ids_NK, teacher.logp_NK, float(teacher.weight)) if teacher else (None, None, 0.0)),
         float(temperature), None if softcap is None else float(softcap), float(scale),
         *astuple(config), normaliser.tokens, normaliser.sequences, float(drop_mass),
         torch.is_grad_enabled() and hidden_NH.requires_grad,
     )  # fmt: skip
-    return named_metrics(
+    out = named_metrics(
         loss,
         metrics,
         config,
@@ -258,3 +303,10 @@ def linear_policy_loss(
         entropy=True,
         gap=behaviour_logp_N is not None,
     )
+    if teacher:
+        out.metrics.update(_teacher_metric(teacher_kl_N, normaliser))
+    return out
+
+
+def _teacher_metric(teacher_kl_N: torch.Tensor, normaliser: Normaliser) -> dict[str, torch.Tensor]:
+    return {"teacher_kl": teacher_kl_N.sum() / max(normaliser.tokens, 1)}

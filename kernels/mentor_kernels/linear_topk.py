@@ -21,16 +21,28 @@ sweep's. The torch backend holds GATHERED_BYTES of such rows at once, the Triton
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from mentor_kernels.backend import resolve_backend
-from mentor_kernels.linear_logprob import check_head, check_ids, check_triton, rows_last_contiguous, wide_dtype
+from mentor_kernels.linear_logprob import Head, check_head, check_ids, check_triton, rows_last_contiguous, wide_dtype
 
 GATHERED_BYTES = 32 << 20
 BLOCK_K, BLOCK_H, WARPS = 16, 128, 4
 """Rows and columns of the head that a program holds: 16 registers a thread."""
+
+
+class TeacherTopK(NamedTuple):
+    """A teacher's likeliest tokens at each row, and how much the KL to them counts (`linear_policy_loss`)."""
+
+    ids_NK: torch.Tensor
+    """int64."""
+    logp_NK: torch.Tensor
+    """float32; -inf stands for no token."""
+    weight: float
 
 
 # --- the torch backend ----------------------------------------------------------------------------------------------
@@ -132,6 +144,27 @@ def _by_hidden_triton(grad_NK: torch.Tensor, weight_VH: torch.Tensor, ids_NK: to
     return out_NH
 
 
+def follow_teacher(
+    hidden_RH: torch.Tensor,
+    targets_R: torch.Tensor,
+    logprob_R: torch.Tensor,
+    head: Head,
+    ids_RK: torch.Tensor,
+    teacher_logp_RK: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(KL_K [R], its slope by the target's logprob [R], the rest of its gradient by hidden_RH [R, H])."""
+    tokens_RK = torch.cat([targets_R[:, None], ids_RK], 1)
+    x_RK, k_RK = _dots_triton(hidden_RH, head.weight_VH, tokens_RK) * head.scale, 1.0
+    if head.softcap is not None:
+        tanh_RK = torch.tanh(x_RK / head.softcap)
+        x_RK, k_RK = head.softcap * tanh_RK, 1 - tanh_RK.square()
+    kl_R = topk_kl(logprob_R[:, None] + (x_RK[:, 1:] - x_RK[:, :1]) / head.temperature, teacher_logp_RK)
+    q_RK = teacher_logp_RK.exp()
+    mass_R1 = q_RK.sum(1, keepdim=True)
+    by_dot_RK = head.scale / head.temperature * torch.cat([mass_R1, -q_RK], 1) * k_RK
+    return kl_R, -mass_R1[:, 0], _by_hidden_triton(by_dot_RK, head.weight_VH, tokens_RK)
+
+
 # --- the operators that autograd and torch.compile see --------------------------------------------------------------
 
 
@@ -195,13 +228,9 @@ def linear_topk(
     Triton on a GPU, as in `linear_logprob`).
     """
     check_head(hidden_NH, weight_VH, targets_N, temperature, softcap)
-    if ids_NK.dim() != 2 or len(ids_NK) != len(targets_N) or logprob_N.shape != targets_N.shape:
-        raise ValueError(
-            f"expected logprob_N [N] and ids_NK [N, K] for N = {len(targets_N)} rows, "
-            f"not shapes {tuple(logprob_N.shape)} and {tuple(ids_NK.shape)}"
-        )
-    if ids_NK.dtype != torch.int64 or ids_NK.device != hidden_NH.device:
-        raise ValueError(f"ids_NK must be int64 on {hidden_NH.device}, not {ids_NK.dtype} on {ids_NK.device}")
+    if logprob_N.shape != targets_N.shape:
+        raise ValueError(f"logprob_N must be [N] for N = {len(targets_N)} rows, not {tuple(logprob_N.shape)}")
+    check_token_ids(ids_NK, targets_N)
     backend = resolve_backend(backend, hidden_NH.device)
     if backend == "triton":
         check_triton(hidden_NH)
@@ -220,3 +249,20 @@ def topk_kl(logp_NK: torch.Tensor, teacher_logp_NK: torch.Tensor) -> torch.Tenso
     # 0 log 0 is 0, and must not become NaN in the gradient.
     gap_NK = torch.where(q_NK > 0, teacher_logp_NK, 0.0) - torch.where(q_NK > 0, logp_NK, 0.0)
     return (q_NK * gap_NK).sum(1)
+
+
+def check_token_ids(ids_NK: torch.Tensor, targets_N: torch.Tensor) -> None:
+    if ids_NK.dim() != 2 or len(ids_NK) != len(targets_N):
+        raise ValueError(f"ids_NK must be [N, K] for N = {len(targets_N)} rows, not {tuple(ids_NK.shape)}")
+    if ids_NK.dtype != torch.int64 or ids_NK.device != targets_N.device:
+        raise ValueError(f"ids_NK must be int64 on {targets_N.device}, not {ids_NK.dtype} on {ids_NK.device}")
+
+
+def check_teacher(teacher: TeacherTopK, targets_N: torch.Tensor) -> None:
+    check_token_ids(teacher.ids_NK, targets_N)
+    logp_NK = teacher.logp_NK
+    if logp_NK.shape != teacher.ids_NK.shape or logp_NK.dtype != torch.float32 or logp_NK.device != targets_N.device:
+        raise ValueError(
+            f"the teacher's logp_NK must be float32 {tuple(teacher.ids_NK.shape)} on {targets_N.device} like its ids, "
+            f"not {logp_NK.dtype} {tuple(logp_NK.shape)} on {logp_NK.device}"
+        )

@@ -35,7 +35,7 @@ atomics, which add in another order each run, or a single program, too slow for 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -126,6 +126,7 @@ class PolicyLossOut(NamedTuple):
         tis_mean, tis_capped             importance weight, share of tokens above the cap   (only with behaviour_logp_N
                                                                                              and a tis_cap)
         logp_gap_mean, logp_gap_max      |old_logp - behaviour_logp|               (only with behaviour_logp_N)
+        teacher_kl                       KL to a teacher's likeliest tokens        (only linear_policy_loss, with them)
     """
 
     loss: torch.Tensor
@@ -615,9 +616,7 @@ def policy_loss(
         raise ValueError("entropy_coef is not 0, so entropy_N is needed")
     reference_N = kl_N if config.kl == "exact" else None if ref_logp_N is None else ref_logp_N.detach()
     loss, _, _, metrics = _policy_loss(
-        logp_N, old_logp_N, advantage_N, sequence_N, reference_N, behaviour_logp_N, entropy_N,
-        config.loss, config.clip_low, config.clip_high, config.dual_clip, config.cispo_max, config.kl, config.beta,
-        config.entropy_coef, config.tis_cap, config.tis_mode, config.tis_level, config.max_new_tokens,
+        logp_N, old_logp_N, advantage_N, sequence_N, reference_N, behaviour_logp_N, entropy_N, *astuple(config),
         normaliser.tokens, normaliser.sequences, backend,
     )  # fmt: skip
     return named_metrics(
@@ -628,6 +627,17 @@ def policy_loss(
         entropy=entropy_N is not None,
         gap=behaviour_logp_N is not None,
     )
+
+
+def token_weights(
+    sequence_N: torch.Tensor, dtype: torch.dtype, config: PolicyLossConfig, normaliser: Normaliser, backend: str | None
+) -> torch.Tensor:
+    """w [N] of the formulas: what each token counts in the loss."""
+    nothing_N = torch.zeros(sequence_N.shape, dtype=dtype, device=sequence_N.device)
+    return _policy_loss(
+        nothing_N, None, nothing_N, sequence_N, None, None, None, *astuple(config), normaliser.tokens,
+        normaliser.sequences, resolve_backend(backend, sequence_N.device),
+    )[2]  # fmt: skip
 
 
 def named_metrics(
