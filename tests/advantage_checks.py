@@ -95,9 +95,10 @@ def plain_terms(e: Episode, reward: str) -> tuple[float, float, float]:
     shared, total = len(e.teacher & e.student), len(e.teacher) + len(e.student)
     f1 = 2 * shared / total if total else 0.0
     most = max(e.calls, e.teacher_calls)
+    as_silent = not e.teacher_calls and not e.student
     align = {
         "mentor_f1": f1,
-        "flex": f1 * (1 - abs(e.calls - e.teacher_calls) / most / 2) if most else 0.0,
+        "flex": (1.0 if as_silent else f1) * (1 - abs(e.calls - e.teacher_calls) / max(most, 1) / 2),
         "mentor_overlap": float(shared > 0),
     }.get(reward, float(bool(e.student) and e.student == e.teacher))
     valid = float(e.invalid == 0)

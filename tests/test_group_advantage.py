@@ -20,6 +20,7 @@ MODULE = sys.modules["mentor_kernels.group_advantage"]
 REWARDS, ADVANTAGES = get_args(Reward), get_args(Advantage)
 RIGHT, WRONG = Episode(), Episode(correct=0.0)
 NO_TOOLS = dict(student=frozenset(), calls=0, ok=0)
+SILENT_TEACHER = dict(teacher=frozenset(), teacher_calls=0)
 OTHER_TOOL = dict(student=frozenset({5}), calls=1, ok=1)
 ONE_OF_TWO = dict(student=frozenset({1}), calls=1, ok=1)  # F1 = 2/3; half the calls
 
@@ -90,7 +91,10 @@ def test_the_table_of_the_main_reward(episode, reward):
         # A loop of 8 calls, 6 of them good, over the right tools: align 1 - 6/8/2, valid 6/8.
         ("flex", dict(calls=8, ok=6), 0.7 + 0.2 * 0.625 + 0.075, 0.04 * 0.625 + 0.075),
         ("flex", NO_TOOLS, 0.7, 0.0),
-        ("flex", {**NO_TOOLS, "teacher": frozenset(), "teacher_calls": 0}, 0.8, 0.1),
+        ("flex", {**NO_TOOLS, **SILENT_TEACHER}, 1.0, 0.14),
+        ("flex", SILENT_TEACHER, 0.8, 0.1),  # two calls for nothing
+        ("flex", {**SILENT_TEACHER, "student": frozenset(), "calls": 1, "ok": 0}, 0.8, 0.02),  # and one malformed
+        ("flex", {**NO_TOOLS, "teacher": frozenset()}, 0.7, 0.0),  # the teacher's tools are not offered
         ("flex", dict(student=frozenset(), calls=3, ok=0), 0.7, 0.0),
     ],
 )

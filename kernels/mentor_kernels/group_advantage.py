@@ -12,8 +12,9 @@ to tools that do not exist. Three terms, each in [0, 1], with weights (correct, 
     flex              0.7  0.2  0.1    F1(S, T) (1 - d / 2)         ok share       0.2
     strict            the trajectory score that the host computed, as it is
 
-    F1 = 2 |S & T| / (|S| + |T|), 0 without a tool; d = |calls - teacher_calls| / max(calls, teacher_calls);
-    ok share = ok_calls / calls; without a call 1, but 0 when the teacher did call.
+    F1 = 2 |S & T| / (|S| + |T|), 0 without a tool; flex: 1 where the teacher made no call and S is empty
+    d = |calls - teacher_calls| / max(calls, teacher_calls), 0 without a call
+    ok share = ok_calls / calls; without a call 1, but 0 when the teacher did call
 
     reward = 0.0 when the episode did not finish; else 0.1 when it has no answer; else the weighted sum of the terms.
 
@@ -116,6 +117,7 @@ def _align(teacher_BW: torch.Tensor, student_BW: torch.Tensor, reward: str, call
         if reward == "mentor_f1":
             return f1_B
         calls_B, teacher_calls_B, _ = calls_3B
+        f1_B = torch.where((teacher_calls_B == 0) & (student_B == 0), 1.0, f1_B)
         most_B = torch.maximum(calls_B, teacher_calls_B).clamp(min=1)
         return f1_B * (1 - (calls_B - teacher_calls_B).abs() / most_B / 2)
     return ((student_B > 0) & (teacher_BW == student_BW).all(1)).float()
@@ -283,6 +285,7 @@ def _measured(
         calls = tl.load(calls_ptr + i, mask=ok, other=0.0)
         teacher_calls = tl.load(calls_ptr + B + i, mask=ok, other=0.0)
         ok_calls = tl.load(calls_ptr + 2 * B + i, mask=ok, other=0.0)
+        f1 = tl.where((teacher_calls == 0) & (student_n == 0), 1.0, f1)
         most = tl.maximum(tl.maximum(calls, teacher_calls), 1.0)
         align = f1 * (1 - tl.abs(calls - teacher_calls) / most / 2)
         valid = tl.where(calls > 0, ok_calls / tl.maximum(calls, 1.0), (teacher_calls == 0).to(tl.float32))
