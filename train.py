@@ -113,8 +113,9 @@ def support_of(run: Run) -> float:
     c = run.config
     limits = replace(run.limits, max_new_tokens=min(c.max_new_tokens, sft.GATE_TOKENS))
     run.refresh_rollouts()
+    calling = [example for example in run.examples if run.teacher[example.key].calls]
     rollouts = roll_out(
-        run.engine, run.chat, run.examples[: sft.GATE_EXAMPLES], group_size=2, limits=limits,
+        run.engine, run.chat, (calling or run.examples)[: sft.GATE_EXAMPLES], group_size=2, limits=limits,
         sampling=run.sampling, seed=c.seed, step=-1, run_call=run.run_call,
     )  # fmt: skip
     return sft.support(rollouts)

@@ -84,7 +84,7 @@ class Config:
     task: str = "math"
     """Training tasks: a built-in suite (math, math_varied, gsm_symbolic, bfcl_turns), or a .jsonl or .parquet file."""
     levels: tuple[int, ...] = (1,)
-    """Difficulty of the built-in tasks, as the number of calls a solution needs."""
+    """Difficulty of the built-in tasks, as the number of calls a solution needs (math_varied has some that need 0)."""
     train_size: int = 2000
     """How many training examples are generated or read."""
     teacher: str = ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from lite_mentor.tasks.templates import Template
 
 # fmt: off
-_GOODS = ("pencils", "notebooks", "screws", "candles", "bottles", "tiles", "postcards", "buttons", "lamps", "mugs")
-_FIELDS = ("field", "garden", "car park", "courtyard", "playground", "meadow")
+GOODS = ("pencils", "notebooks", "screws", "candles", "bottles", "tiles", "postcards", "buttons", "lamps", "mugs")
+FIELDS = ("field", "garden", "car park", "courtyard", "playground", "meadow")
 
 _ONE_CALL = (
     Template("seats", {"rows": (112, 480), "seats": (23, 98)}, (
@@ -21,7 +21,7 @@ _ONE_CALL = (
     Template("area", {"length": (41.3, 98.7, 1), "width": (12.3, 40.9, 1)}, (
         "A rectangular {field} is {length} metres long and {width} metres wide. What is its area in square metres?",
         "What is the area, in square metres, of a {field} that measures {length} metres by {width} metres?",
-    ), ("multiply length width -> the area",), {"field": _FIELDS}),
+    ), ("multiply length width -> the area",), {"field": FIELDS}),
     Template("visitors", {"first": (1204, 9876), "second": (1204, 9876)}, (
         "{first} people visited a {place} on Saturday and {second} on Sunday. How many people came that weekend?",
         "A {place} had {first} visitors in May and {second} visitors in June. How many visitors is that together?",
@@ -34,7 +34,7 @@ _ONE_CALL = (
     Template("stock", {"total": (4213, 9876), "sold": (1021, 4187)}, (
         "A warehouse stores {total} {goods} and ships {sold} of them. How many {goods} are left?",
         "Of {total} {goods} in a shop, {sold} have been sold. How many remain?",
-    ), ("subtract total sold -> the number that is left",), {"goods": _GOODS}),
+    ), ("subtract total sold -> the number that is left",), {"goods": GOODS}),
     Template("change", {"paid": (60, 150), "price": (21.15, 59.85, 2)}, (
         "{person} pays a bill of {price} dollars with {paid} dollars. How many dollars of change does {person} get?",
         "A jacket costs {price} dollars. {person} hands over {paid} dollars. How much change is due, in dollars?",
@@ -43,7 +43,7 @@ _ONE_CALL = (
         "{total} {goods} are shared equally among {groups} schools. How many does each school get?",
         "{person} packs {total} {goods} into {groups} crates, the same number in each. "
         "How many {goods} are in one crate?",
-    ), ("divide total groups -> the share of each",), {"goods": _GOODS}),
+    ), ("divide total groups -> the share of each",), {"goods": GOODS}),
     Template("speed", {"speed": (43, 118), "hours": (2.3, 9.9, 1),
                        "way": lambda n: round(n["speed"] * n["hours"], 1)}, (
         "A {vehicle} covers {way} kilometres in {hours} hours. What is its average speed in kilometres per hour?",
@@ -52,7 +52,7 @@ _ONE_CALL = (
     Template("week_sales", dict.fromkeys("abcde", (112, 989)), (
         "From Monday to Friday a shop sold {a}, {b}, {c}, {d} and {e} {goods}. How many {goods} did it sell in all?",
         "{person} counts {goods} in five boxes: {a}, {b}, {c}, {d} and {e}. How many {goods} are there altogether?",
-    ), ("sum_numbers a b c d e -> the total",), {"goods": _GOODS}),
+    ), ("sum_numbers a b c d e -> the total",), {"goods": GOODS}),
     Template("receipts", dict.fromkeys("abcd", (11.15, 98.85, 2)), (
         "{person} has four receipts of {a}, {b}, {c} and {d} dollars. How many dollars do they add up to?",
         "What is the sum of the invoices {a}, {b}, {c} and {d} dollars?",
@@ -81,7 +81,7 @@ _ONE_CALL = (
     Template("square_side", {"side": (43, 989), "area": lambda n: n["side"] ** 2}, (
         "A square {field} has an area of {area} square metres. How long is one side, in metres?",
         "How many metres long is the side of a square {field} of {area} square metres?",
-    ), ("sqrt area -> the side",), {"field": _FIELDS}),
+    ), ("sqrt area -> the side",), {"field": FIELDS}),
     Template("depth", {"depth": (-989.9, -12.1, 1)}, (
         "A diver's height relative to the sea is {depth} metres. How many metres is that away from the surface?",
         "An account shows {depth} dollars. What is the absolute value of this amount, in dollars?",
@@ -89,7 +89,7 @@ _ONE_CALL = (
     Template("left_over", {"total": (1203, 9876), "size": (13, 89)}, (
         "{total} {goods} are packed in boxes of {size}. How many {goods} are left over?",
         "{person} puts {total} {goods} into bags of {size} each until no full bag can be made. How many are left?",
-    ), ("modulo total size -> what is left over",), {"goods": _GOODS}),
+    ), ("modulo total size -> what is left over",), {"goods": GOODS}),
     Template("cycle", {"time": (1203, 9876), "period": (37, 143)}, (
         "A traffic light repeats every {period} seconds. How many seconds into its cycle is it after {time} seconds?",
         "A song of {period} seconds plays on a loop. After {time} seconds, how many seconds of it have played "
@@ -103,12 +103,12 @@ _TWO_CALLS = (
         "What is the total in dollars?",
         "A school buys {count} {goods} for {price} dollars each and pays {fee} dollars for shipping. "
         "How many dollars does it pay in all?",
-    ), ("multiply count price -> the price of the {goods}", "add #1 fee -> the total"), {"goods": _GOODS}),
+    ), ("multiply count price -> the price of the {goods}", "add #1 fee -> the total"), {"goods": GOODS}),
     Template("budget", {"count": (17, 68), "price": (11.15, 28.85, 2), "budget": (1950, 4200)}, (
         "{person} has {budget} dollars and buys {count} {goods} for {price} dollars each. How many dollars are left?",
         "From a budget of {budget} dollars, a club pays for {count} {goods} at {price} dollars each. "
         "How much of the budget remains, in dollars?",
-    ), ("multiply count price -> the cost of the {goods}", "subtract budget #1 -> what is left"), {"goods": _GOODS}),
+    ), ("multiply count price -> the cost of the {goods}", "subtract budget #1 -> what is left"), {"goods": GOODS}),
     Template("average", dict.fromkeys("abcd", (1112, 9889)), (
         "Four {things} have {a}, {b}, {c} and {d} inhabitants. How many inhabitants do they have on average?",
         "The populations of four {things} are {a}, {b}, {c} and {d}. What is the mean?",
@@ -116,19 +116,19 @@ _TWO_CALLS = (
     Template("boxes_needed", {"total": (2213, 9876), "size": (13, 89)}, (
         "{person} packs {total} {goods} into boxes that hold {size} each. How many boxes are needed for all of them?",
         "A box holds {size} {goods}. What is the smallest number of boxes that can hold {total} {goods}?",
-    ), ("divide total size -> the number of boxes", "ceil #1 -> the number of whole boxes"), {"goods": _GOODS}),
+    ), ("divide total size -> the number of boxes", "ceil #1 -> the number of whole boxes"), {"goods": GOODS}),
     Template("full_boxes", {"total": (2213, 9876), "size": (13, 89)}, (
         "{total} {goods} are put into boxes of {size}. How many boxes can be filled completely?",
         "How many full packs of {size} can {person} make from {total} {goods}?",
-    ), ("divide total size -> the number of packs", "floor #1 -> the number of full packs"), {"goods": _GOODS}),
+    ), ("divide total size -> the number of packs", "floor #1 -> the number of full packs"), {"goods": GOODS}),
     Template("unit_price", {"total": (312.15, 987.85, 2), "count": (17, 96)}, (
         "{count} {goods} cost {total} dollars. What does one cost, rounded to 2 decimals?",
         "{person} paid {total} dollars for {count} {goods}. How many dollars is that per piece, rounded to 2 decimals?",
-    ), ("divide total count -> the price of one", "round_number #1 2 -> the rounded price"), {"goods": _GOODS}),
+    ), ("divide total count -> the price of one", "round_number #1 2 -> the rounded price"), {"goods": GOODS}),
     Template("square_side_rounded", {"area": (1213, 9887)}, (
         "A square {field} covers {area} square metres. How long is its side in metres, rounded to 2 decimals?",
         "Find the side of a square {field} with an area of {area} square metres, rounded to 2 decimals.",
-    ), ("sqrt area -> the side", "round_number #1 2 -> the rounded side"), {"field": _FIELDS}),
+    ), ("sqrt area -> the side", "round_number #1 2 -> the rounded side"), {"field": FIELDS}),
     Template("temperatures", {"first": (-49.9, -2.1, 1), "second": (2.1, 49.9, 1)}, (
         "One probe shows {first} degrees and another {second} degrees. By how many degrees do they differ?",
         "The temperature was {first} degrees in the morning and {second} degrees at noon. "
@@ -150,7 +150,7 @@ _TWO_CALLS = (
     Template("perimeter", {"side": (43, 989), "area": lambda n: n["side"] ** 2}, (
         "A square {field} has an area of {area} square metres. How many metres of fence go around it?",
         "What is the perimeter, in metres, of a square {field} of {area} square metres?",
-    ), ("sqrt area -> the side", "multiply #1 4 -> the perimeter"), {"field": _FIELDS}),
+    ), ("sqrt area -> the side", "multiply #1 4 -> the perimeter"), {"field": FIELDS}),
     Template("two_legs", {"speed": (43, 118), "hours": (6, 14), "first": (112, 247),
                           "second": lambda n: n["speed"] * n["hours"] - n["first"]}, (
         "A {vehicle} drives {first} kilometres, rests, and drives another {second} kilometres. It drives for {hours} "

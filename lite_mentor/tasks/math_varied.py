@@ -3,6 +3,8 @@
 A student that always sees the same twelve calculators learns their names by heart and calls them even where others are
 offered (bench/LOG.md). So each example here offers only a few calculators, in random order, and each of them under a
 name, with argument names, drawn for it: a common one, or one without a meaning. Their descriptions stay.
+
+Level 0, which the math suite does not have, are questions that need none of them.
 """
 
 from __future__ import annotations
@@ -11,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
-from lite_mentor.tasks import Split
-from lite_mentor.tasks.math import LEVELS, TEMPLATES
+from lite_mentor.tasks import Split, math
+from lite_mentor.tasks.math_plain import PLAIN
 from lite_mentor.tasks.templates import Template, generate_examples
 from lite_mentor.tools import calculator_tools
 from lite_mentor.types import Example, ToolSpec
 
-__all__ = ["LEVELS", "generate"]
-
+LEVELS = (0, *math.LEVELS)
+TEMPLATES = PLAIN + math.TEMPLATES
 OFFERED = 4
 """Tools of an example; more where a solution needs more."""
 NAMELESS = 0.2

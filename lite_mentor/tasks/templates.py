@@ -34,6 +34,8 @@ class Template:
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)
     where: Callable[[Numbers], bool] = lambda numbers: True
     """Numbers that make a senseless story are drawn again."""
+    answer: str = ""
+    """Without a solution: the number that is the answer, which the wording states."""
 
     @property
     def level(self) -> int:
@@ -149,7 +151,7 @@ def _fill(
     question = random.choice(template.wordings).format_map(known)
     tools = tuple(tool_of.values())
     steps = [_step(line, tool_of, known) for line in template.solution]
-    answer = solve(steps, tools)
+    answer = solve(steps, tools) if steps else str(numbers[template.answer])
     if not _CLEAN.fullmatch(answer):
         return None
     for index, step in enumerate(steps):
