@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lite_mentor.errors import UserError
-from lite_mentor.tasks import SPLITS, SUITES, load_suite, make_example, resolve_arguments, split_of
+from lite_mentor.tasks import SPLITS, SUITES, load_suite, make_example, math_varied, resolve_arguments, split_of
 from lite_mentor.tasks import math as math_suite
 from lite_mentor.tasks.gsm_symbolic import _NoTrajectory, derive_steps, equations
+from lite_mentor.tasks.math_plain import PLAIN
 from lite_mentor.tasks.ood_lookup import lookup_tools, search, world
 from lite_mentor.tasks.ood_tools import unseen_tools
 from lite_mentor.tasks.templates import Template, draw_numbers, generate_examples, solve
@@ -188,6 +189,16 @@ def test_math_has_many_templates_with_unique_names_and_several_wordings():
     names = [template.name for template in math_suite.TEMPLATES]
     assert len(names) == len(set(names)) >= 60
     assert all(len(template.wordings) >= 2 for template in math_suite.TEMPLATES)
+
+
+def test_questions_that_need_no_tool_offer_some():
+    names = [template.name for template in math_varied.TEMPLATES]
+    assert len(names) == len(set(names))
+    plain, one_call = (load("math_varied", size=300, levels=[level]) for level in (0, 1))
+    assert {e.meta["template"] for e in plain} == {template.name for template in PLAIN}
+    for examples in (plain, one_call):
+        assert {len(e.tools) for e in examples} == {4}
+    assert {tool.description for e in plain for tool in e.tools} == {tool.description for tool in calculator_tools()}
 
 
 def test_math_shares_no_template_with_its_numbers_between_splits(math_train):

@@ -63,6 +63,15 @@ def test_the_oracle_writes_the_solution_one_call_a_turn():
     assert (record.example_key, record.teacher, record.answer, record.correct) == (solved().key, "oracle", "7", True)
 
 
+def test_the_oracle_answers_at_once_where_no_tool_is_needed():
+    for example in load_suite("math_varied", split="train", size=40, seed=0, levels=(0,)):
+        record = oracle(example, run)
+        assert record.correct
+        assert record.calls == ()
+        assert [message["role"] for message in record.messages] == ["assistant"]
+        assert f"\\boxed{{{example.answer[0]}}}" in record.messages[0]["content"]
+
+
 def test_the_oracles_words_are_what_the_student_learns_to_say():
     chat, record = Chat(tiny_tokenizer()), oracle(solved(), run)
     rollout = teacher_rollout(chat, solved(), record, end_id=257)
@@ -75,7 +84,7 @@ def test_the_oracle_solves_every_suite(suite):
     for example in load_suite(suite, split="validation", size=20, seed=1):
         record = oracle(example, run)
         assert record.correct
-        assert len(record.calls) == len(example.meta["steps"]) > 0
+        assert len(record.calls) == len(example.meta["steps"]) == example.meta["level"]
 
 
 def test_the_oracle_needs_solutions():

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import train
 from lite_mentor import checkpoint, paging
 from lite_mentor.checkpoint import versions
+from lite_mentor.rollout import Limits
 from lite_mentor.student import Student
 from lite_mentor.teacher import TeacherCache
 from lite_mentor.tiny import tiny_student
@@ -349,3 +351,24 @@ def test_ctrl_c_in_a_real_process_says_how_to_go_on(tmp_path):
     assert f"--resume {out}" in error.decode()
     assert "Traceback" not in error.decode()
     assert list((out / "checkpoints").glob("step-*/MANIFEST.json"))
+
+
+def test_the_support_gate_asks_only_what_the_teacher_used_tools_for(monkeypatch):
+    asked = []
+
+    def roll_out(engine, chat, examples, **how):
+        asked.append([example.key for example in examples])
+        return [SimpleNamespace(calls=[SimpleNamespace(status="ok")])]
+
+    def gate(calls: dict[str, tuple]) -> float:
+        nothing = SimpleNamespace(max_new_tokens=64, seed=0)
+        return train.support_of(SimpleNamespace(
+            config=nothing, limits=Limits(4, 64, 64), refresh_rollouts=lambda: None, engine=None, chat=None,
+            sampling=None, run_call=None, examples=[SimpleNamespace(key=key) for key in calls],
+            teacher={key: SimpleNamespace(calls=made) for key, made in calls.items()},
+        ))  # fmt: skip
+
+    monkeypatch.setattr(train, "roll_out", roll_out)
+    assert gate({"a": (), "b": (1,), "c": (), "d": (1, 2)}) == 1
+    assert gate({"a": (), "b": ()}) == 1
+    assert asked == [["b", "d"], ["a", "b"]]
