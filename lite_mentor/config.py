@@ -162,8 +162,9 @@ class Config:
     so that the first ratio is exactly 1."""
     cache_gib: float = 0.0
     """Memory for the rollouts' keys and values; 0: for all at full length, or what a GPU has free beside the update."""
-    micro_tokens: int = 1024
-    """Most tokens in one packed row: this decides the memory of an update, and of its result only the rounding."""
+    micro_tokens: int = 0
+    """Most tokens in one packed row: this decides the memory of an update, and of its result only the rounding. 0: on a
+    GPU as many as half of its free memory takes, up to 16,384; on a CPU 1,024; and always one whole rollout."""
 
     sandbox: Literal["on", "off"] = "on"
     """Tools of yours run without network, your files and your processes where this machine can; off: only limited."""
@@ -179,6 +180,11 @@ class Config:
     def rollouts_per_step(self) -> int:
         """prompts_per_step * group_size."""
         return self.prompts_per_step * self.group_size
+
+    @property
+    def longest_rollout(self) -> int:
+        """Tokens of a prompt and its rollout at their longest."""
+        return self.max_prompt_tokens + self.max_new_tokens
 
     @property
     def kernel_backend(self) -> str | None:
@@ -217,7 +223,6 @@ _PAPER = dict(
     lr=2e-5,
     warmup=0,
     weight_decay=0.01,
-    micro_tokens=16384,
     steps=125,
     save_every=10,
     eval_every=10,
@@ -243,7 +248,6 @@ _MODERN = dict(
     beta=0.0,
     lr=5e-5,
     warmup=5,
-    micro_tokens=16384,
     steps=200,
     save_every=20,
     eval_every=50,
@@ -259,10 +263,10 @@ PRESETS: dict[str, Config] = {
     ),
     "paper": Config(preset="paper", **_PAPER),
     "modern": Config(preset="modern", **_MODERN),
-    "8gb": Config(preset="8gb", **_MODERN | dict(student="Qwen/Qwen3-0.6B", max_new_tokens=1024, micro_tokens=6144)),
-    "12gb": Config(preset="12gb", **_MODERN | dict(max_new_tokens=1024, micro_tokens=8192)),
-    "16gb": Config(preset="16gb", **_MODERN | dict(micro_tokens=12288)),
-    "24gb": Config(preset="24gb", **_MODERN | dict(student="Qwen/Qwen3-4B", micro_tokens=16384)),
+    "8gb": Config(preset="8gb", **_MODERN | dict(student="Qwen/Qwen3-0.6B", max_new_tokens=1024)),
+    "12gb": Config(preset="12gb", **_MODERN | dict(max_new_tokens=1024)),
+    "16gb": Config(preset="16gb", **_MODERN),
+    "24gb": Config(preset="24gb", **_MODERN | dict(student="Qwen/Qwen3-4B")),
 }  # fmt: skip
 
 
@@ -334,14 +338,24 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def check(config: Config) -> None:
     """Raise UserError for the first setting that cannot work, naming it and what to change."""
-    positive = ("steps", "prompts_per_step", "group_size", "max_turns", "max_new_tokens", "micro_tokens",
+    positive = ("steps", "prompts_per_step", "group_size", "max_turns", "max_new_tokens",
                 "lora_rank", "lora_alpha", "train_size", "eval_size", "sft_batch", "updates_per_step",
                 "max_prompt_tokens", "max_result_tokens", "save_every", "temperature", "lr", "sft_lr",
                 "max_grad_norm")  # fmt: skip
     for name in positive:
         if not getattr(config, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be greater than 0.")
-    for name in ("seed", "sft_steps", "warmup", "weight_decay", "beta", "tis_cap", "eval_every", "clip"):
+    for name in (
+        "seed",
+        "sft_steps",
+        "warmup",
+        "weight_decay",
+        "beta",
+        "tis_cap",
+        "eval_every",
+        "micro_tokens",
+        "clip",
+    ):
         values = getattr(config, name) if name == "clip" else (getattr(config, name),)
         if not all(value >= 0 for value in values):
             raise UserError(f"--{name.replace('_', '-')} is {values[0]}; it must not be negative.")
@@ -373,11 +387,11 @@ def check(config: Config) -> None:
             f"--updates-per-step {config.updates_per_step} does not divide "
             f"--prompts-per-step {config.prompts_per_step}; make it a divisor."
         )
-    longest = config.max_prompt_tokens + config.max_new_tokens
-    if config.micro_tokens < longest:
+    if 0 < config.micro_tokens < config.longest_rollout:
         raise UserError(
-            f"--micro-tokens {config.micro_tokens} cannot hold one rollout of up to {longest} tokens "
-            f"(--max-prompt-tokens + --max-new-tokens); raise it to {longest} or shorten the rollouts."
+            f"--micro-tokens {config.micro_tokens} cannot hold one rollout of up to {config.longest_rollout} tokens "
+            f"(--max-prompt-tokens + --max-new-tokens); raise it to {config.longest_rollout}, leave it out, or shorten "
+            "the rollouts."
         )
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", config.device):
         raise UserError(f"--device {config.device!r}: use auto, cpu or cuda.")

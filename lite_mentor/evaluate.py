@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config.student, quant=config.quant, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
             device=config.device, dtype=config.dtype, rollout_weights=config.rollout_weights,
         )  # fmt: skip
-        context = config.max_prompt_tokens + config.max_new_tokens
+        context = config.longest_rollout
         engine = Engine.of(
             student, slots=64, context=context, gib=config.cache_gib, backend=config.kernel_backend,
             graphs=config.cuda_graphs and config.device != "cpu",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 
 from lite_mentor.batch import pack
@@ -11,6 +15,53 @@ from lite_mentor.log import peak_memory_bytes
 from lite_mentor.loss import batch_loss
 from lite_mentor.student import Student
 from lite_mentor.types import Batch, Rollout
+
+MOST_ROW_TOKENS = 16_384
+"""A longer row gains nothing: its launches are few beside its work."""
+CPU_ROW_TOKENS = 1024
+"""Its activations stay small, and a CPU gains nothing from more."""
+
+
+def row_tokens(student: Student, config: Config) -> int:
+    """What --micro-tokens 0 means here: one whole rollout at least, else by the device.
+
+    On a GPU rows of one rollout and then of each larger power of two are run, until the next would take more than half
+    of the memory that is free now; the other half is the cache's. Only rounding depends on the answer.
+    """
+    longest = config.longest_rollout
+    if student.device.type != "cuda":
+        return max(longest, CPU_ROW_TOKENS)
+    room = torch.cuda.mem_get_info(student.device)[0] / 2
+    return largest_row(longest, room, lambda tokens: _row_bytes(student, replace(config, micro_tokens=tokens)))
+
+
+def largest_row(longest: int, room: float, bytes_of: Callable[[int], float]) -> int:
+    """The most tokens among `longest` and the powers of two above it whose row takes at most `room` bytes.
+
+    A row is only tried when it should fit if its bytes grow as its tokens do.
+    """
+    chosen, used = longest, bytes_of(longest)
+    for tokens in (1 << i for i in range(longest.bit_length(), MOST_ROW_TOKENS.bit_length())):
+        if used * tokens / chosen > room:
+            break
+        needed = bytes_of(tokens)
+        if needed > room:
+            break
+        chosen, used = tokens, needed
+    return chosen
+
+
+def _row_bytes(student: Student, config: Config) -> float:
+    """Bytes that the forward and backward of the fullest row take beyond what is allocated; infinite if they fail."""
+    before = torch.cuda.memory_allocated(student.device)
+    torch.cuda.reset_peak_memory_stats(student.device)
+    try:
+        prove_fit(student, config)
+    except UserError:  # out of memory, which is what was asked
+        return math.inf
+    finally:
+        torch.cuda.empty_cache()
+    return torch.cuda.max_memory_allocated(student.device) - before
 
 
 def prove_fit(student: Student, config: Config) -> str:

@@ -34,7 +34,7 @@ LOGIT_ROWS = 256
 """Tokens whose logits over the whole vocabulary are held at once: 150 MB for Qwen3."""
 
 
-def label(teacher: Student, name: str, rollouts: Sequence[Rollout], k: int, micro_tokens: int) -> soft.SoftLabels:
+def label(teacher: Student, name: str, rollouts: Sequence[Rollout], k: int) -> soft.SoftLabels:
     """The teacher's k likeliest tokens at every sampled token of the rollouts."""
     ids, logps, first, rows = [], [], {}, 0
     for rollout in track(rollouts, "labels", disable=not sys.stdout.isatty()):
@@ -42,7 +42,7 @@ def label(teacher: Student, name: str, rollouts: Sequence[Rollout], k: int, micr
         if key in first:
             continue
         first[key] = rows
-        for logp_RK, ids_RK in likeliest(teacher, rollout, k, micro_tokens):
+        for logp_RK, ids_RK in likeliest(teacher, rollout, k):
             ids.append(ids_RK.int().cpu())
             logps.append(logp_RK.cpu())
             rows += len(ids_RK)
@@ -50,9 +50,9 @@ def label(teacher: Student, name: str, rollouts: Sequence[Rollout], k: int, micr
 
 
 @torch.no_grad()
-def likeliest(teacher: Student, rollout: Rollout, k: int, micro_tokens: int) -> Iterator[tuple[torch.Tensor, ...]]:
+def likeliest(teacher: Student, rollout: Rollout, k: int) -> Iterator[tuple[torch.Tensor, ...]]:
     """(logprobs, ids) [R, k] of one rollout's sampled tokens, LOGIT_ROWS at a time."""
-    (batch,) = pack([rollout], [0.0], micro_tokens)
+    (batch,) = pack([rollout], [0.0], len(rollout.ids))
     words = len(teacher.tokenizer)  # a head may have more rows, which stand for nothing
     for hidden_RH in sampled_hidden(teacher, batch).split(LOGIT_ROWS):
         yield torch.log_softmax(teacher.rollout_logits(hidden_RH), -1)[:, :words].topk(k)
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{own.model} has another vocabulary than {config.student}; take a model of its family.")
         if own.adapter:
             teacher.load_adapter(own.adapter)
-        labels = label(teacher, own.model, rollouts, min(own.labels, len(vocabulary)), config.micro_tokens)
+        labels = label(teacher, own.model, rollouts, min(own.labels, len(vocabulary)))
         soft.write(Path(config.soft_labels), labels)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -70,6 +70,10 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def decided(self, config: Mapping[str, Any]) -> None:
+        """Take the settings again, once one that was left to the device is decided; `rewind` writes them down."""
+        self._config = _line(config, indent=1)
+
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Write and show one step. `metrics` has at least step (from 0) and phase ("sft" or "rl")."""
         self._append("metrics.jsonl", metrics)

@@ -24,7 +24,7 @@ from lite_mentor.config import NEUTRAL, ROUNDING, Config
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
 from lite_mentor.evaluate import suites
-from lite_mentor.fit import prove_fit
+from lite_mentor.fit import prove_fit, row_tokens
 from lite_mentor.log import RunLog
 from lite_mentor.loss import check_backend
 from lite_mentor.optim import Guard, make_optimizer
@@ -193,9 +193,12 @@ def prepare(config: Config) -> Iterator[Run]:
         seen = config.sft_steps * config.sft_batch + config.steps * config.prompts_per_step
         for example in (*examples[:seen], *(e for suite in held_out.values() for e in suite)):
             prompt_of(chat, example, limits)  # none may be too long, and better now than in the middle of the night
+        if not config.micro_tokens:
+            config = replace(config, micro_tokens=row_tokens(student, config))
+            log.decided(config.asdict())
         if device != "cpu" or config.check:  # before the cache takes what the update leaves
             log.note(prove_fit(student, config))
-        context = config.max_prompt_tokens + config.max_new_tokens
+        context = config.longest_rollout
         engine = Engine.of(
             student, slots=slots(config), context=context, gib=config.cache_gib, backend=config.kernel_backend,
             graphs=config.cuda_graphs,

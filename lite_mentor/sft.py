@@ -39,7 +39,7 @@ def teacher_rollouts(
     """The records of these examples as the cold start reads them. UserError for one that no packed row can hold."""
     found = [teacher_rollout(chat, e, teacher[e.key], end_id, config.max_result_tokens) for e in examples]
     for rollout in found:
-        if len(rollout.ids) - 1 > config.micro_tokens:
+        if 0 < config.micro_tokens < len(rollout.ids) - 1:
             raise UserError(
                 f"The teacher's record of example {rollout.example_key} has {len(rollout.ids)} tokens, but a row takes "
                 f"{config.micro_tokens}; raise --micro-tokens, or fill a cache with shorter records."

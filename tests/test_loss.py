@@ -7,10 +7,11 @@ import dataclasses
 import pytest
 import torch
 
+from lite_mentor import fit
 from lite_mentor.batch import pack
 from lite_mentor.config import PRESETS
 from lite_mentor.errors import UserError
-from lite_mentor.fit import fullest_row, prove_fit
+from lite_mentor.fit import fullest_row, largest_row, prove_fit, row_tokens
 from lite_mentor.loss import StepMetrics, batch_loss, check_backend, logprobs, old_logprobs
 from lite_mentor.student import load_student
 from tests.test_batch import rollout
@@ -142,6 +143,56 @@ def test_the_fullest_row_of_odd_sizes(prompt, new, micro):
 def test_the_student_is_left_as_it_was(student):
     prove_fit(student, dataclasses.replace(CONFIG, max_prompt_tokens=20, max_new_tokens=10, micro_tokens=40))
     assert all(p.grad is None for p in student.trainable())
+
+
+@pytest.mark.parametrize(
+    ("longest", "room", "chosen"),
+    [
+        (500, 499, 500),  # one whole rollout, whatever it takes
+        (500, 511, 500),
+        (500, 512, 512),
+        (512, 4095, 2048),
+        (512, 1 << 40, 16_384),
+        (20_000, 1 << 40, 20_000),
+    ],
+)
+def test_a_row_is_the_largest_that_fits(longest, room, chosen):
+    tried = []
+    assert largest_row(longest, room, lambda tokens: tried.append(tokens) or tokens) == chosen
+    assert max(tried) == chosen  # no larger one was run, which might have run out of memory
+
+
+def test_a_row_that_takes_more_than_expected_is_not_chosen():
+    needs = {500: 100, 512: 110, 1024: 220, 2048: 2000}
+    assert largest_row(500, 450, needs.__getitem__) == 1024
+    assert largest_row(500, 450, lambda tokens: float("inf")) == 500  # and prove_fit will say why
+
+
+@pytest.mark.parametrize(("longest", "chosen"), [(30, 1024), (3000, 3000)])
+def test_on_a_cpu_a_row_has_a_fixed_size(student, longest, chosen):
+    config = dataclasses.replace(CONFIG, max_prompt_tokens=10, max_new_tokens=longest - 10, micro_tokens=0)
+    assert row_tokens(student, config) == chosen
+
+
+def test_on_a_gpu_half_of_the_free_memory_is_a_rows(monkeypatch):
+    class OnCuda:
+        device = torch.device("cuda", 1)
+
+    config = dataclasses.replace(CONFIG, max_prompt_tokens=100, max_new_tokens=200, micro_tokens=0)
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (8 << 20, 24 << 20))
+    monkeypatch.setattr(fit, "_row_bytes", lambda student, config: config.micro_tokens << 10)
+    assert row_tokens(OnCuda, config) == 4096
+    assert asked == [OnCuda.device]
+
+
+@pytest.mark.gpu
+def test_a_rows_memory_is_measured_and_given_back(student):
+    there = load_student("tiny", quant="none", dtype="fp32", device="cuda")
+    config = dataclasses.replace(CONFIG, max_prompt_tokens=100, max_new_tokens=200, micro_tokens=0)
+    assert 300 <= row_tokens(there, config) <= fit.MOST_ROW_TOKENS
+    small, large = (fit._row_bytes(there, dataclasses.replace(config, micro_tokens=n)) for n in (512, 4096))
+    assert 0 < small < large
 
 
 def test_kernels_that_cannot_run_are_refused():

@@ -181,6 +181,13 @@ def test_check_proves_that_the_fullest_row_fits_and_changes_nothing(tmp_path, ca
     assert not (tmp_path / "check" / "metrics.jsonl").read_text()
 
 
+def test_a_size_that_was_left_to_the_device_is_written_down(tmp_path):
+    out = tmp_path / "run"
+    assert run(out, "--micro-tokens", "0", "--steps", "1") == 0
+    assert json.loads((out / "config.json").read_text())["micro_tokens"] == 1024
+    assert train.main(["--resume", str(out)]) == 0
+
+
 def test_several_updates_a_step_take_old_logprobs_before_the_first(tmp_path):
     out = tmp_path / "several"
     flags = ["--steps", "3", "--updates-per-step", "2", "--lr", "0.01", "--temperature", "1.5", "--warmup", "0"]
