@@ -41,6 +41,23 @@ sys.exit(aot.main(["--arch", "86", "--only", "K3 bf16"]))
     assert "bytes of shared memory, over 101376" in done.stdout
 
 
+def test_what_is_compared_for_equality_is_computed_exactly():
+    """Rewards and advantages, and the same check on a kernel that divides approximately."""
+    done = aot("--arch", "90", "--only", "advantage flex gdpo", "advantage, whole step")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 compiled, 0 over budget" in done.stdout
+    script = """
+import dataclasses, sys
+from mentor_kernels import aot
+(merge,) = [v for v in aot.variants() if v.name == "attention merge fp32 64"]
+aot.variants = lambda: [dataclasses.replace(merge, exact=True)]
+sys.exit(aot.main(["--arch", "90"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "inexact operations" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("flags", "environment", "sentence"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from typing import get_args
 
@@ -316,6 +317,88 @@ def test_kernels_give_the_same_bits_again_and_in_any_order(kernel_device, advant
     assert torch.equal(first.advantage_B, again.advantage_B)
     back = triton_advantage(**advantage_inputs(episodes[::-1], device=kernel_device), config=config)
     torch.testing.assert_close(back.advantage_B.flip(0), first.advantage_B, rtol=1e-5, atol=1e-6)
+
+
+# Rewards are compared for equality, so equal measurements must be equal numbers, and the same ones everywhere.
+
+
+def whole_shares(most: int = 64) -> list[Episode]:
+    """Every share of calls that worked, of up to `most` calls: valid is ok / calls under flex."""
+    return [replace(RIGHT, calls=n, ok=ok, teacher_calls=n) for n in range(1, most + 1) for ok in range(n + 1)]
+
+
+def whole_overlaps(most: int = 64) -> list[Episode]:
+    """Tools 0 .. a - 1 against 0 .. b - 1, one of them all or odd: align is 2 min(a, b) / (a + b) under mentor_f1."""
+    sizes = [(a, b) for a in range(1, most + 1) for b in {a, most, most - 1, most // 2 + 1, 3}]
+    return [replace(RIGHT, teacher=frozenset(range(a)), student=frozenset(range(b))) for a, b in sizes]
+
+
+def both_backends(episodes: list[Episode], device: str, reward: str):
+    config = RewardConfig(reward, "gdpo")
+    yield group_advantage(**advantage_inputs(episodes), config=config, backend="torch")
+    yield group_advantage(**advantage_inputs(episodes, device=device), config=config, backend="triton")
+    if device != "cpu":
+        yield group_advantage(**advantage_inputs(episodes, device=device), config=config, backend="torch")
+
+
+@pytest.mark.parametrize("term", ["valid", "align"])
+def test_equal_fractions_are_equal_numbers_and_n_of_n_is_1(kernel_device, term):
+    episodes, reward = (whole_shares(), "flex") if term == "valid" else (whole_overlaps(), "mentor_f1")
+    if term == "valid":
+        exact = [Fraction(e.ok, e.calls) for e in episodes]
+    else:
+        exact = [Fraction(2 * min(len(e.teacher), len(e.student)), len(e.teacher) + len(e.student)) for e in episodes]
+    assert exact.count(1) >= 64
+    for out in both_backends(episodes, kernel_device, reward):
+        found = out.terms[term].tolist()
+        # A float64 quotient of such small numbers, rounded to float32, is the exact one rounded once.
+        assert found == torch.tensor([float(x) for x in exact]).tolist()
+        assert all((value == 1) == (x == 1) for value, x in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("reward", ["flex", "mentor_f1"])
+def test_every_backend_has_the_same_bits_of_terms_and_rewards(kernel_device, reward):
+    episodes = [
+        Episode(
+            correct=correct, student=frozenset(range(student)), teacher=frozenset(range(teacher)),
+            calls=student + more, teacher_calls=teacher, ok=max(student + more - bad, 0), invalid=bad,
+        )
+        for correct in (0.0, 1.0) for student in range(6) for teacher in range(6) for more in range(5) for bad in (0, 2)
+    ]  # fmt: skip
+    first, *others = both_backends(episodes, kernel_device, reward)
+    for other in others:
+        assert torch.equal(first.reward_B, other.reward_B.cpu())
+        for name, values in first.terms.items():
+            assert torch.equal(values, other.terms[name].cpu()), name
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_equal_rewards_have_no_deviation_at_any_group_size(kernel_device, advantage, backend):
+    """The float32 mean of n equal numbers is often another one, and the deviation from it would look like a signal."""
+    make = torch.Generator().manual_seed(0)
+    sizes = [*range(2, 65), 100] * 4 if backend == "torch" else [2, 3, 5, 6, 7, 9, 10, 11, 13, 24, 37, 64]
+    pairs = list(zip((torch.rand(len(sizes), generator=make) * 7 - 3).tolist(), sizes, strict=True))
+    assert any(float(torch.full((n,), value).mean()) != value for value, n in pairs)
+    episodes = [replace(RIGHT, process=value, group=g) for g, (value, n) in enumerate(pairs) for _ in range(n)]
+    spread = [replace(RIGHT, process=value, group=len(pairs)) for value in (0.25, 0.5)]
+    inputs = advantage_inputs([*episodes, *spread], device=kernel_device)
+    out = group_advantage(**inputs, config=RewardConfig("strict", advantage), backend=backend)
+    assert out.zero_variance_G.tolist() == [True] * len(pairs) + [False]
+    assert not out.advantage_B[: len(episodes)].any()
+    assert out.advantage_B[len(episodes) :].all()
+
+
+@pytest.mark.parametrize("reward", ["flex", "mentor_f1"])
+def test_a_perfect_group_is_silent_however_it_got_there(kernel_device, reward):
+    """gdpo compares each term: n / n of calls and of tools must be 1 for every n in the same group."""
+    perfect = [
+        replace(RIGHT, teacher=frozenset(range(n)), student=frozenset(range(n)), calls=n, teacher_calls=n, ok=n)
+        for n in range(1, 65)
+    ]
+    for out in both_backends([*perfect, replace(WRONG, group=1), replace(RIGHT, group=1)], kernel_device, reward):
+        assert out.zero_variance_G.tolist() == [True, False]
+        assert not out.advantage_B[:64].any()
 
 
 def test_kernels_on_no_rollouts(kernel_device):

@@ -10,6 +10,7 @@ matrix instructions, and ends with status 1 when one breaks its budget:
     shared        what a thread block may have on that architecture
     matrix        in float16 and bfloat16, K1 and K3 must use the tensor cores
     float64       none: a Python float that became a double would be 32 times slower on a consumer card
+    exact         rewards and advantages are compared for equality: no approximate division, nothing fused
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376
 """Shared memory of one thread block, by architecture (CUDA C Programming Guide, technical specifications)."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MATRIX = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)")
+INEXACT = re.compile(r"\b(?:div\.full|div\.approx|rcp\.approx|sqrt\.approx|fma\.rn)\S*\.f32")
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -57,6 +59,8 @@ class Variant:
     """Must it use the tensor cores?"""
     registers: int | None = None
     """The limit that the launch sets."""
+    exact: bool = False
+    """Must each operation be rounded once? Then multiplications and additions are not fused either."""
     aligned: tuple[str, ...] = field(default=())
     """Integer arguments that are divisible by 16, as they are for every model's sizes."""
 
@@ -74,6 +78,8 @@ class Built:
     matrix: int
     """Tensor-core instructions in the PTX."""
     doubles: bool
+    inexact: int
+    """Approximate divisions and roots, and fused multiply-adds, in the PTX."""
 
     def complaints(self) -> list[str]:
         """The budgets that it breaks."""
@@ -83,6 +89,7 @@ class Built:
             > SHARED_BYTES[self.arch],
             "no tensor-core instruction": self.variant.matrix and not self.matrix,
             "float64 arithmetic": self.doubles,
+            f"{self.inexact} inexact operations": self.variant.exact and self.inexact > 0,
         }
         return [text for text, broken in wrong.items() if broken]
 
@@ -100,7 +107,8 @@ def build(variant: Variant, arch: int) -> Built:
             if kind.startswith("*") or name in variant.aligned
         },
     )
-    options = dict(num_warps=variant.launch.warps, num_stages=variant.launch.stages, maxnreg=variant.registers)
+    options = dict(num_warps=variant.launch.warps, num_stages=variant.launch.stages, maxnreg=variant.registers,
+                   enable_fp_fusion=not variant.exact)  # fmt: skip
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -110,7 +118,7 @@ def build(variant: Variant, arch: int) -> Built:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     return Built(
         variant, arch, int(found[1]), int(found[2]), built.metadata.shared, len(MATRIX.findall(built.asm["ptx"])),
-        ".f64" in built.asm["ptx"],
+        ".f64" in built.asm["ptx"], len(INEXACT.findall(built.asm["ptx"])),
     )  # fmt: skip
 
 
@@ -221,7 +229,7 @@ def advantages(reward: str, advantage: str) -> Variant:
                      NO_ANSWER=ADVANTAGE.NO_ANSWER, WRONG_KEEPS=ADVANTAGE.WRONG_KEEPS,
                      BLOCK=ADVANTAGE.BLOCK)  # fmt: skip
     launch = HEAD.Launch({}, ADVANTAGE.WARPS, 3)
-    return Variant(f"advantage {reward} {advantage}", kernel, launch, types, {**none, **constants})
+    return Variant(f"advantage {reward} {advantage}", kernel, launch, types, {**none, **constants}, exact=True)
 
 
 def whole_step(own: bool) -> Variant:
@@ -230,7 +238,7 @@ def whole_step(own: bool) -> Variant:
     types, _ = _arguments(kernel, {"silent_ptr": "*i1", "group_ptr": "*i64", "eps": "fp32"})
     launch = HEAD.Launch({}, ADVANTAGE.WARPS, 3)
     name = "advantage, whole step " + ("gdpo" if own else "batch")
-    return Variant(name, kernel, launch, types, dict(OWN=own, BLOCK=ADVANTAGE.BLOCK))
+    return Variant(name, kernel, launch, types, dict(OWN=own, BLOCK=ADVANTAGE.BLOCK), exact=True)
 
 
 def sampling(dtype: str, greedy: bool) -> Variant:

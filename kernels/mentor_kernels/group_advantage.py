@@ -32,6 +32,10 @@ A group teaches nothing when its rewards (gdpo: all its terms) are equal, compar
 exactly 0 and it is flagged. A rollout whose correctness is NaN could not be scored: its reward is NaN, its advantage 0,
 and it takes no part in any mean, std or comparison.
 
+The least value is compared with the greatest, since the float32 mean of equal values can differ from them. Every
+backend must find the same groups equal, so each operation on a term or a reward is rounded once, in the order of the
+formulas: the Triton backend divides by `div_rn` (its `/` may miss n / n = 1 by 2 ulp) and fuses no multiply-adds.
+
 Bytes: B rollouts of about 60 bytes. The point is one launch instead of some fifty, and one place for the formulas. The
 Triton backend has a program for each group, which finds its rollouts among all of them: three sweeps over B integers,
 for sums, squares and results, instead of a sort or atomics. `batch` and `gdpo` normalise over the whole step, in a
@@ -155,6 +159,11 @@ def _gated(
     return gated_3B.masked_fill(~finished_B, 0.0), weights
 
 
+def _weighted(weights: tuple[float, ...], gated_KB: torch.Tensor) -> torch.Tensor:
+    """The reward: products and sums in order, as the kernel has them."""
+    return sum(w * term_B for w, term_B in zip(weights, gated_KB, strict=True))
+
+
 class _Groups:
     """Statistics of values [B] over the rollouts of a group that count, handed back to each rollout."""
 
@@ -195,7 +204,7 @@ def _advantage(
     if config.advantage == "gdpo":
         zero_variance_G = torch.stack([groups.constant(term_B) for term_B in gated_KB]).all(0)
         parts = [w * groups.normalised(term_B, config.eps) for w, term_B in zip(weights, gated_KB, strict=True)]
-        advantage_B = whole.normalised(torch.stack(parts).sum(0), config.eps)
+        advantage_B = whole.normalised(sum(parts), config.eps)
     elif config.advantage == "grpo":
         advantage_B = groups.normalised(reward_B, config.eps)
     else:
@@ -233,7 +242,7 @@ def _forward_torch(
     unscored_B = correct_B.isnan()
     if config.reward == "strict":
         unscored_B = unscored_B | process_B.isnan()
-    reward_B = torch.stack([w * term_B for w, term_B in zip(weights, gated_KB, strict=True)]).sum(0)
+    reward_B = _weighted(weights, gated_KB)
     reward_B = reward_B.masked_fill(unscored_B, torch.nan)
     advantage_B, zero_variance_G = _advantage(reward_B, gated_KB, weights, group_B, groups, config)
     return reward_B, advantage_B, terms_3B, zero_variance_G
@@ -243,7 +252,8 @@ def _forward_torch(
 
 # Rollouts that a program looks at together.
 BLOCK = 256
-WARPS = 4
+# A thread for each: with two of them, exact divisions make the compiler spill.
+WARPS = 8
 
 
 @triton.jit
@@ -276,7 +286,7 @@ def _measured(
         shared_n += _bits(teacher & student)
         differ_n += _bits(teacher ^ student)
     valid = (tl.load(invalid_ptr + i, mask=ok, other=0) == 0).to(tl.float32)
-    f1 = 2 * shared_n / tl.maximum(teacher_n + student_n, 1.0)
+    f1 = tl.div_rn(2 * shared_n, tl.maximum(teacher_n + student_n, 1.0))
     if REWARD == "mentor_overlap":
         align = (shared_n > 0).to(tl.float32)
     elif REWARD == "mentor_f1":
@@ -287,8 +297,9 @@ def _measured(
         ok_calls = tl.load(calls_ptr + 2 * B + i, mask=ok, other=0.0)
         f1 = tl.where((teacher_calls == 0) & (student_n == 0), 1.0, f1)
         most = tl.maximum(tl.maximum(calls, teacher_calls), 1.0)
-        align = f1 * (1 - tl.abs(calls - teacher_calls) / most / 2)
-        valid = tl.where(calls > 0, ok_calls / tl.maximum(calls, 1.0), (teacher_calls == 0).to(tl.float32))
+        align = f1 * (1 - tl.div_rn(tl.abs(calls - teacher_calls), most) * 0.5)
+        ok_share = tl.div_rn(ok_calls, tl.maximum(calls, 1.0))
+        valid = tl.where(calls > 0, ok_share, (teacher_calls == 0).to(tl.float32))
     else:
         align = ((student_n > 0) & (differ_n == 0)).to(tl.float32)
     return correct, align, valid
@@ -323,6 +334,12 @@ def _gated_terms(
         third = tl.where(finished, tl.where(answered, valid, 1.0), 0.0)
         reward = w_correct * first + w_align * second + w_valid * third
     return first, second, third, tl.where(unscored, float("nan"), reward)
+
+
+@triton.jit
+def _deviation(squares, n, eps):
+    """std + eps, of the sum of squared distances from the mean."""
+    return tl.sqrt_rn(tl.div_rn(squares, tl.maximum(n - 1, 1.0))) + eps
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -369,7 +386,9 @@ def _group_rewards(
             high3_B = tl.maximum(high3_B, tl.where(counts, x3, -float("inf")))
     n = tl.sum(count_B)
     some = tl.maximum(n, 1.0)
-    mean1, mean2, mean3 = tl.sum(sum1_B) / some, tl.sum(sum2_B) / some, tl.sum(sum3_B) / some
+    mean1, mean2, mean3 = (
+        tl.div_rn(tl.sum(sum1_B), some), tl.div_rn(tl.sum(sum2_B), some), tl.div_rn(tl.sum(sum3_B), some)
+    )  # fmt: skip
     flat1 = (tl.min(low1_B) == tl.max(high1_B)) | (n < 2)
     flat2, flat3 = flat1, flat1
     if TERMS:
@@ -378,7 +397,7 @@ def _group_rewards(
     silent = flat1 & flat2 & flat3
     tl.store(silent_ptr + g, silent)
 
-    scale1, scale2, scale3 = 1.0, 1.0, 1.0
+    std1, std2, std3 = 1.0, 1.0, 1.0
     if ADVANTAGE == "grpo" or ADVANTAGE == "gdpo":
         square1_B = tl.zeros([BLOCK], tl.float32)
         square2_B, square3_B = square1_B, square1_B
@@ -398,10 +417,9 @@ def _group_rewards(
             square1_B += tl.where(counts, (x1 - mean1) * (x1 - mean1), 0.0)
             square2_B += tl.where(counts, (x2 - mean2) * (x2 - mean2), 0.0)
             square3_B += tl.where(counts, (x3 - mean3) * (x3 - mean3), 0.0)
-        freedom = tl.maximum(n - 1, 1.0)
-        scale1 = tl.where(flat1, 0.0, 1 / (tl.sqrt(tl.sum(square1_B) / freedom) + eps))
-        scale2 = tl.where(flat2, 0.0, 1 / (tl.sqrt(tl.sum(square2_B) / freedom) + eps))
-        scale3 = tl.where(flat3, 0.0, 1 / (tl.sqrt(tl.sum(square3_B) / freedom) + eps))
+        std1 = _deviation(tl.sum(square1_B), n, eps)
+        std2 = _deviation(tl.sum(square2_B), n, eps)
+        std3 = _deviation(tl.sum(square3_B), n, eps)
     for at in range(0, B, BLOCK):
         i = at + tl.arange(0, BLOCK)
         ok = (i < B) & (tl.load(group_ptr + i, mask=i < B, other=-1) == g)
@@ -413,10 +431,11 @@ def _group_rewards(
             ALIGNS, REWARD, NO_ANSWER, WRONG_KEEPS,
         )  # fmt: skip
         if TERMS:
-            value = w_correct * (x1 - mean1) * scale1
-            value += w_align * (x2 - mean2) * scale2 + w_valid * (x3 - mean3) * scale3
+            value = w_correct * tl.where(flat1, 0.0, tl.div_rn(x1 - mean1, std1))
+            value += w_align * tl.where(flat2, 0.0, tl.div_rn(x2 - mean2, std2))
+            value += w_valid * tl.where(flat3, 0.0, tl.div_rn(x3 - mean3, std3))
         else:
-            value = (reward - mean1) * scale1
+            value = tl.div_rn(reward - mean1, std1)
         tl.store(advantage_ptr + i, tl.where(reward == reward, tl.where(silent, 0.0, value), 0.0), mask=ok)
 
 
@@ -441,7 +460,7 @@ def _whole_step(
         low_B = tl.minimum(low_B, tl.where(counts, x, float("inf")))
         high_B = tl.maximum(high_B, tl.where(counts, x, -float("inf")))
     n = tl.sum(count_B)
-    mean = tl.sum(sum_B) / tl.maximum(n, 1.0)
+    mean = tl.div_rn(tl.sum(sum_B), tl.maximum(n, 1.0))
     square_B = tl.zeros([BLOCK], tl.float32)
     for at in range(0, B, BLOCK):
         i = at + tl.arange(0, BLOCK)
@@ -450,7 +469,7 @@ def _whole_step(
         if OWN:
             x = tl.load(advantage_ptr + i, mask=i < B, other=0.0)
         square_B += tl.where(reward == reward, (x - mean) * (x - mean), 0.0)
-    std = tl.sqrt(tl.sum(square_B) / tl.maximum(n - 1, 1.0))
+    std = _deviation(tl.sum(square_B), n, eps)
     flat = (tl.min(low_B) == tl.max(high_B)) | (n < 2)
     for at in range(0, B, BLOCK):
         i = at + tl.arange(0, BLOCK)
@@ -459,9 +478,8 @@ def _whole_step(
         group = tl.load(group_ptr + i, mask=i < B, other=-1)
         ok = (group >= 0) & (group < groups)
         silent = tl.load(silent_ptr + group, mask=ok, other=1) != 0
-        if OWN:
-            x = tl.where(flat, 0.0, x - mean)
-        tl.store(advantage_ptr + i, tl.where(silent | (reward != reward), 0.0, x / (std + eps)), mask=ok)
+        x = tl.where(flat, 0.0, tl.div_rn(x - mean, std)) if OWN else tl.div_rn(x, std)
+        tl.store(advantage_ptr + i, tl.where(silent | (reward != reward), 0.0, x), mask=ok)
 
 
 def _forward_triton(
@@ -493,12 +511,12 @@ def _forward_triton(
             *columns, reward_B, advantage_B, terms_3B, silent_G, B, weights[0], weights[1],
             NO_ANSWER if overlap else weights[2], config.eps,
             WORDS=teacher_BW.shape[1], REWARD=config.reward, ADVANTAGE=config.advantage, ALIGNS=weights[1] > 0,
-            NO_ANSWER=NO_ANSWER, WRONG_KEEPS=WRONG_KEEPS, BLOCK=BLOCK, num_warps=WARPS,
+            NO_ANSWER=NO_ANSWER, WRONG_KEEPS=WRONG_KEEPS, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
         if config.advantage in ("batch", "gdpo"):
             _whole_step[(1,)](
                 reward_B, advantage_B, silent_G, columns[6], B, groups, config.eps, OWN=config.advantage == "gdpo",
-                BLOCK=BLOCK, num_warps=WARPS,
+                BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
     return reward_B, advantage_B, terms_3B, silent_G
 
