@@ -47,7 +47,7 @@ from lite_mentor.batch import pack
 from lite_mentor.config import parse
 from lite_mentor.errors import UserError
 from lite_mentor.evaluate import evaluate
-from lite_mentor.log import Stopwatch, peak_memory_bytes
+from lite_mentor.log import Stopwatch, peak_memory_bytes, reserved_memory_bytes
 from lite_mentor.loss import StepMetrics, batch_loss, old_logprobs
 from lite_mentor.optim import Diverged, apply_gradients, blame, learning_rate, make_optimizer, unsound
 from lite_mentor.report import write_report
@@ -142,6 +142,7 @@ def train_step(run: Run, step: int) -> dict[str, float | None]:
     run.log.rollouts(step, scored, run.by_key, run.chat.decode)
     memory = {
         "memory/peak": peak_memory_bytes(c.device),
+        "memory/reserved": reserved_memory_bytes(c.device),
         "memory/cache_evictions": run.engine.evictions - evictions,
     }
     return {"step": step, "phase": "rl", **summarise(scored, groups), **learned, **watch.lap(), **memory}
@@ -159,11 +160,11 @@ def update(run: Run, scored: Sequence[Scored], step: int) -> dict[str, float | N
     metrics = StepMetrics(len(shares))
     norms = []
     for part, share, old_logps in zip(parts, shares, old, strict=True):
-        wrong: list[str] = []
         for batch, old_logp_N in zip(share, old_logps, strict=True):
             out = batch_loss(run.student, batch, c, old_logp_N)
             out.loss.backward()
-            wrong += metrics.add(out, batch)
+            metrics.add(out, batch)
+        wrong = metrics.not_finite()
         changed = apply_gradients(run.optimizer, lr=lr, max_norm=c.max_grad_norm, allowed=not wrong)
         norms.append(changed.grad_norm)
         if changed.applied:

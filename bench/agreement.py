@@ -24,7 +24,7 @@ from lite_mentor.attention import PackedPlan
 from lite_mentor.engine import Engine, Sampling, Sequence
 from lite_mentor.prompt import Chat
 from lite_mentor.rollout import noise
-from lite_mentor.student import Student, load_student
+from lite_mentor.student import Student, attending_by, load_student
 from lite_mentor.tasks import load_suite
 
 
@@ -63,10 +63,9 @@ def as_generated(student: Student, sequence: Sequence, new: int) -> bool:
     ids = sequence.ids[: sequence.prompt_length]
     model = student.rollout_model
     how = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
-    model.set_attn_implementation("sdpa")
     ids_1T = torch.tensor([ids], device=student.device)
-    out = model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=how)[0].tolist()
-    model.set_attn_implementation("lite_mentor")
+    with attending_by(model, "sdpa"):
+        out = model.generate(ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=how)[0].tolist()
     whole = len(out) == len(sequence.ids) or out[-1] in student.eos_ids
     return whole and sequence.ids[: len(out)] == out
 

@@ -76,11 +76,12 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def seconds(run: Callable[[], object], device: str) -> float:
     """One call."""
     if device.startswith("cuda"):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
+        with torch.cuda.device(device):  # an event is of the current device
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
         return start.elapsed_time(end) / 1e3
     begin = time.perf_counter()
     run()
@@ -91,12 +92,12 @@ def added_bytes(run: Callable[[], object], device: str) -> int | None:
     """The most that a call adds to the memory in use; None where the system cannot say."""
     gc.collect()
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
     try:
         if sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)  # else the call would reuse what earlier ones gave back
@@ -123,11 +124,12 @@ def copy_rate(device: str, repeats: int) -> float:
 
 def machine(device: str) -> dict[str, str | int]:
     """Where and when this was measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
         "device": f"{device}: {name}",
         "cores": os.cpu_count() or 0,
         "torch": torch.__version__,
@@ -136,8 +138,17 @@ def machine(device: str) -> dict[str, str | int]:
 
 def dirty() -> bool | None:
     """Do tracked files differ from the commit? None without git."""
-    found = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    return None if found.returncode else bool(found.stdout.strip())
+    changes = _git("status", "--porcelain", "-uno")
+    return None if changes is None else bool(changes)
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints; None where there is no git, or no repository."""
+    try:
+        found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return None if found.returncode else found.stdout.strip()
 
 
 def table(rows: list[dict], baseline: str) -> str:

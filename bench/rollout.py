@@ -13,6 +13,7 @@ that a copy reads and writes in the same time on the same machine. What fits int
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import time
@@ -26,7 +27,7 @@ from transformers.generation import ContinuousBatchingConfig
 from bench.measure import copy_rate, machine
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.rollout import noise
-from lite_mentor.student import Student, load_student
+from lite_mentor.student import Student, attending_by, load_student
 from lite_mentor.tiny import tiny_student
 
 SHAPES = {
@@ -160,7 +161,7 @@ def timed(run: Callable[[], dict[str, float]], device: torch.device) -> dict[str
     start = time.perf_counter()
     parts = run()
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return {"total": time.perf_counter() - start, **parts}
 
 
@@ -216,7 +217,7 @@ class Split:
         begin = time.perf_counter()
         out = run(*inputs, **options)
         if self.engine.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.engine.device)
         self.seconds[name] += time.perf_counter() - begin
         return out
 
@@ -236,13 +237,16 @@ def by_engine(engine: Engine, prompts, results, options) -> dict[str, float]:
                 turn_of[id(s)] += 1
 
         burst = engine.burst
-        while engine.busy:
-            # Turns end by their length here, which no burst may pass.
-            engine.burst = min([burst, *(options.new - len(s.ids) + s.turn_start for s in engine.speaking)])
-            for s in engine.step():
-                engine.release(s)
-            split.within("tools", hand_over, [s for s in engine.speaking if len(s.ids) - s.turn_start == options.new])
-    engine.burst = burst
+        try:
+            while engine.busy:
+                # Turns end by their length here, which no burst may pass.
+                engine.burst = min([burst, *(options.new - len(s.ids) + s.turn_start for s in engine.speaking)])
+                for s in engine.step():
+                    engine.release(s)
+                ended = [s for s in engine.speaking if len(s.ids) - s.turn_start == options.new]
+                split.within("tools", hand_over, ended)
+        finally:
+            engine.burst = burst
     return {**split.seconds, "decode_steps": split.decode_steps, "decode_kv_bytes": split.decode_kv_bytes}
 
 
@@ -251,12 +255,11 @@ def by_generate(model, prompts, results, options) -> dict[str, float]:
     """Every turn is a generate of its own with a dynamic cache, on all that was said before."""
     how = settings(options)
     ids_BT = torch.tensor(prompts, device=model.device)
-    model.set_attn_implementation("sdpa")
-    for injected in [*results, None]:
-        ids_BT = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=how)
-        if injected is not None:
-            ids_BT = torch.cat([ids_BT, torch.tensor(injected, device=model.device).expand(len(ids_BT), -1)], 1)
-    model.set_attn_implementation("lite_mentor")
+    with attending_by(model, "sdpa"):
+        for injected in [*results, None]:
+            ids_BT = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=how)
+            if injected is not None:
+                ids_BT = torch.cat([ids_BT, torch.tensor(injected, device=model.device).expand(len(ids_BT), -1)], 1)
     if ids_BT.shape[1] != length(options):
         raise RuntimeError(f"generate stopped at {ids_BT.shape[1]} tokens instead of {length(options)}")
     return {}
@@ -266,21 +269,27 @@ def by_batching(model, prompts, results, options) -> dict[str, float]:
     """Every turn is a batch of requests to one manager, whose cache finds again what earlier turns left in it."""
     page = 16
     room = len(prompts) * (length(options) + page)
-    how = ContinuousBatchingConfig(page_size=page, num_blocks=-(-room // page), max_batch_tokens=2048)
+    how = ContinuousBatchingConfig(**{page_field(): page}, num_blocks=-(-room // page), max_batch_tokens=2048)
     rows = [list(prompt) for prompt in prompts]
-    model.set_attn_implementation("sdpa")
-    for injected in [*results, None]:
-        found = model.generate_batch(
-            rows, generation_config=settings(options), continuous_batching_config=how, persistent_manager=True
-        )
-        rows = [
-            row + list(out.generated_tokens) + (injected or []) for row, out in zip(rows, found.values(), strict=True)
-        ]
-    model.destroy_cached_continuous_batching_manager()
-    model.set_attn_implementation("lite_mentor")
+    with attending_by(model, "sdpa"):
+        try:
+            for injected in [*results, None]:
+                found = model.generate_batch(
+                    rows, generation_config=settings(options), continuous_batching_config=how, persistent_manager=True
+                )
+                outs = zip(rows, found.values(), strict=True)
+                rows = [row + list(out.generated_tokens) + (injected or []) for row, out in outs]
+        finally:
+            model.destroy_cached_continuous_batching_manager()
     if {len(row) for row in rows} != {length(options)}:
         raise RuntimeError(f"continuous batching did not come to {length(options)} tokens")
     return {}
+
+
+def page_field() -> str:
+    """What this version of transformers calls the tokens of a page: `block_size` until 5.17, later `page_size`."""
+    names = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    return "page_size" if "page_size" in names else "block_size"
 
 
 def settings(options: argparse.Namespace) -> GenerationConfig:

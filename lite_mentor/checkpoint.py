@@ -256,7 +256,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
-    """The state of any torch optimizer as (tensors, JSON); 8-bit states and their maps are tensors like the others."""
+    """The state of any torch optimizer as (tensors, JSON)."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     tensors: dict[str, Tensor] = {}
     entries: dict[str, dict] = {}
@@ -265,8 +265,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
             name = f"{index}.{key}"
             if isinstance(value, Tensor):
                 tensors[name] = value
-                # AdamW keeps its counter on the CPU beside CUDA moments; paged states live on their parameter's GPU.
-                entries[name] = {"with_parameter": value.device == parameter.device or hasattr(value, "page_deviceid")}
+                # Unless it is fused, AdamW keeps its counter on the CPU beside CUDA moments.
+                entries[name] = {"with_parameter": value.device == parameter.device}
             else:
                 entries[name] = {"value": value}
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -295,7 +295,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
             value = tensors[name].to(parameter.device if entry["with_parameter"] else "cpu", copy=True)
         optimizer.state[parameter][key] = value
     for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
-        # JSON has no tuples; torch compares betas by value and bitsandbytes unpacks them, but a tuple stays a tuple.
+        # JSON has no tuples; torch compares betas by value, but a tuple stays a tuple.
         group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})
 
 

@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lite_mentor.decode import Decoder, Sampling
+from lite_mentor.device import memory_left
 from lite_mentor.errors import UserError
 from lite_mentor.paging import PagePool, Span, StepPlan
 from lite_mentor.student import Student
@@ -152,7 +153,8 @@ class Engine:
                 raise UserError(
                     f"The cache of keys and values can have {tokens * token_bytes / 2**30:.2f} GiB, room for {tokens} "
                     f"tokens, but one rollout may need {context}; raise --cache-gib, or lower --max-new-tokens, "
-                    "--max-prompt-tokens or, since the update needs the rest of the memory, --micro-tokens."
+                    "--max-prompt-tokens or, since the update needs the rest of the memory, --micro-tokens. "
+                    + memory_left(student.device)
                 )
         return cls(
             student.rollout_hidden,

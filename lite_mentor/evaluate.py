@@ -22,6 +22,7 @@ import torch
 import tyro
 
 from lite_mentor.config import PRESETS, Config, load
+from lite_mentor.device import compute_device
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
 from lite_mentor.judge import is_right
@@ -29,7 +30,7 @@ from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.rollout import Limits, limits_of, messages_of, roll_out
 from lite_mentor.sandbox import open_sandbox
 from lite_mentor.statistics import bootstrap_mean, compare, pass_at_k, tool_statistics, wilson
-from lite_mentor.student import Student, compute_device, load_student
+from lite_mentor.student import Student, load_student
 from lite_mentor.tasks import bfcl, load_suite, load_task
 from lite_mentor.tools import RunCall, caller, run_call
 from lite_mentor.types import Example, Rollout

@@ -10,8 +10,9 @@ import torch
 
 from lite_mentor.batch import pack
 from lite_mentor.config import Config
+from lite_mentor.device import memory_left
 from lite_mentor.errors import UserError
-from lite_mentor.log import peak_memory_bytes
+from lite_mentor.log import peak_memory_bytes, reserved_memory_bytes
 from lite_mentor.loss import batch_loss
 from lite_mentor.student import Student
 from lite_mentor.types import Batch, Rollout
@@ -68,7 +69,7 @@ def prove_fit(student: Student, config: Config) -> str:
     """Forward and backward of the fullest row; returns a sentence with the peak memory so far.
 
     Weights and generators stay as they are. The engine's cache is allocated after it, from what it leaves; AdamW's two
-    moments of the adapters (8 bytes a parameter, 2 in 8 bits) come on top. Raises UserError when it does not fit.
+    moments of the adapters (8 bytes a parameter) come on top. Raises UserError when it does not fit.
     """
     batch = fullest_row(config, student.config.vocab_size)
     try:
@@ -77,13 +78,16 @@ def prove_fit(student: Student, config: Config) -> str:
         raise UserError(
             f"A row of {len(batch.ids_T)} tokens does not fit on {config.device}; lower --micro-tokens (now "
             f"{config.micro_tokens}), then --max-new-tokens, or give --gradient-checkpointing or --rollout-weights "
-            "unmerged."
+            "unmerged. " + memory_left(config.device)
         ) from error
     finally:
         for parameter in student.trainable():
             parameter.grad = None
     peak = peak_memory_bytes(config.device)
     reached = f"{peak / 2**30:.2f} GiB at most so far" if peak else "its peak cannot be measured here"
+    reserved = reserved_memory_bytes(config.device)
+    if reserved is not None:
+        reached += f", {reserved / 2**30:.2f} GiB of the card with what is reserved and the CUDA context"
     return f"the fullest row ({len(batch.ids_T)} tokens, {len(batch.targets_N)} of them sampled) fits: {reached}"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib.util
 import logging
 import re
 import unicodedata
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
+from lite_mentor.errors import UserError
 from lite_mentor.sandbox import Worker, find_way
 from lite_mentor.tools import played
 from lite_mentor.types import Example, ToolCall
@@ -245,12 +247,20 @@ def _decimal(sign: str, digits: str, exponent: str | None) -> Fraction | None:
 def _math_verify(answer: str, accepted: str) -> bool:
     if "\\boxed" in answer or boxed(f"\\boxed{{{answer}}}") != answer:
         return False  # it would not be read as one whole
+    _check_math_verify()
     request = {"answer": answer, "accepted": accepted, "seconds": VERIFY_SECONDS}
     try:
         return _worker.request(request, VERIFY_SECONDS)["correct"]
     except (TimeoutError, EOFError) as error:
         _log.warning("%r is counted as wrong: math-verify was stopped (%s)", answer, error)
         return False
+
+
+@functools.cache
+def _check_math_verify() -> None:
+    """Without it the worker would end at once, which looks like an answer that it could not read."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError("To compare answers, math-verify is needed: pip install 'math-verify[antlr4-13-2]'.")
 
 
 def _serve() -> None:

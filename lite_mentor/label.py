@@ -23,11 +23,12 @@ from rich.progress import track
 from lite_mentor import sft, soft
 from lite_mentor.batch import pack
 from lite_mentor.config import Config, parse
+from lite_mentor.device import compute_device
 from lite_mentor.errors import UserError
 from lite_mentor.loss import sampled_hidden
 from lite_mentor.prompt import Chat
 from lite_mentor.run import training_examples
-from lite_mentor.student import Student, compute_device, load_student
+from lite_mentor.student import Student, load_student
 from lite_mentor.types import Rollout
 
 LOGIT_ROWS = 256

@@ -327,7 +327,7 @@ class Stopwatch:
     """Seconds by stage. Stages may nest (tools within rollout); on CUDA a stage ends when its kernels have."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._cuda = torch.device(device).type == "cuda"
+        self._device = torch.device(device)
         self._lock = threading.Lock()
         self._seconds: dict[str, float] = {}
         self._start = time.perf_counter()
@@ -339,8 +339,8 @@ class Stopwatch:
         try:
             yield
         finally:
-            if self._cuda:
-                torch.cuda.synchronize()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
             with self._lock:  # tools run in threads
                 self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
@@ -372,3 +372,15 @@ def peak_memory_bytes(device: torch.device | str) -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reserved_memory_bytes(device: torch.device | str) -> int | None:
+    """The most of a GPU's memory in use so far, which is what its size must hold; None on a CPU.
+
+    That is what torch reserved at its peak, and all that is in use beside it now: the CUDA context, loaded kernels, and
+    other processes where there are any.
+    """
+    if torch.device(device).type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device) + torch.cuda.max_memory_reserved(device)

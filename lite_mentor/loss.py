@@ -145,25 +145,34 @@ class StepMetrics:
 
     def __init__(self, updates: int):
         self._updates, self._values, self._tokens = updates, {}, 0
+        self._names: list[str] = []
+        self._unread: list[torch.Tensor] = []
+        """The values of rows that were not looked at yet, one tensor each, on the device."""
 
-    def add(self, out: PolicyLossOut, batch: Batch) -> list[str]:
-        """Take in one row; returns the names of its values that are not finite."""
+    def add(self, out: PolicyLossOut, batch: Batch) -> None:
+        """Take in one row, without a look at its values."""
         self._tokens += len(batch.ids_T)
-        wrong = []
         values = {"loss": out.loss.detach(), **out.metrics}
-        numbers = torch.stack([value.float() for value in values.values()]).tolist()  # waits for the GPU once
-        for name, value in zip(values, numbers, strict=True):
-            name = _NAMES.get(name, name)
-            if not math.isfinite(value):
-                wrong.append(name)
-            if name.endswith("max"):
-                self._values[name] = max(self._values.get(name, value), value)
-            else:
-                self._values[name] = self._values.get(name, 0.0) + value / self._updates
+        self._names = [_NAMES.get(name, name) for name in values]
+        self._unread.append(torch.stack([value.float() for value in values.values()]))
+
+    def not_finite(self) -> list[str]:
+        """The names of values that are not finite in the rows since the last call. Waits for the GPU, once."""
+        wrong = []
+        for numbers in torch.stack(self._unread).tolist() if self._unread else ():
+            for name, value in zip(self._names, numbers, strict=True):
+                if not math.isfinite(value):
+                    wrong.append(name)
+                if name.endswith("max"):
+                    self._values[name] = max(self._values.get(name, value), value)
+                else:
+                    self._values[name] = self._values.get(name, 0.0) + value / self._updates
+        self._unread = []
         return wrong
 
     def result(self) -> dict[str, float]:
         """The step's metrics, under the names of metrics.jsonl."""
+        self.not_finite()
         return {**self._values, "tokens/trained": self._tokens}
 
 

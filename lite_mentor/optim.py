@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -28,13 +27,11 @@ class Update:
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: Config) -> torch.optim.Optimizer:
-    """AdamW; on CUDA with bitsandbytes' paged 8-bit states where it is installed, else torch's own."""
+    """AdamW with float32 moments; on CUDA in one fused launch."""
     parameters = list(parameters)
-    if parameters[0].is_cuda and importlib.util.find_spec("bitsandbytes"):
-        from bitsandbytes.optim import PagedAdamW8bit
-
-        return PagedAdamW8bit(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=parameters[0].is_cuda
+    )
 
 
 def learning_rate(step: int, steps: int, *, peak: float, warmup: int, schedule: str) -> float:

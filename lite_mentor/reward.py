@@ -61,17 +61,18 @@ def score(
     teacher: Mapping[str, TeacherRecord],
     config: Config,
 ) -> tuple[list[Scored], AdvantageOut]:
-    """Measure every rollout of a step and compare each with its group."""
+    """Measure every rollout of a step and compare each with its group; what is returned lies on the CPU."""
     measured = [measure(examples[r.example_key], r, teacher[r.example_key]) for r in rollouts]
     columns = tensors(examples, rollouts, measured, config.device)
     if config.reward != "strict":  # no other preset reads it, and its range of -3 to 4 would drown the others' curves
         del columns["process_B"]
-    out = group_advantage(
+    found = group_advantage(
         **columns,
         config=RewardConfig(reward=config.reward, advantage=config.advantage),
         groups=max((r.group for r in rollouts), default=-1) + 1,
         backend=config.kernel_backend,
     )
+    out = _on_the_cpu(found)
     rewards, advantages = out.reward_B.tolist(), out.advantage_B.tolist()
     terms = {name: values.tolist() for name, values in out.terms.items()}
     scored = [
@@ -79,6 +80,14 @@ def score(
         for i, rollout in enumerate(rollouts)
     ]
     return scored, out
+
+
+def _on_the_cpu(out: AdvantageOut) -> AdvantageOut:
+    """All of it in one copy, so that the host waits for a GPU once a step."""
+    numbers = torch.stack([out.reward_B, out.advantage_B, *out.terms.values()])
+    flat = torch.cat([numbers.flatten(), out.zero_variance_G.float()]).cpu()
+    reward_B, advantage_B, *terms = flat[: numbers.numel()].view(numbers.shape)
+    return AdvantageOut(reward_B, advantage_B, dict(zip(out.terms, terms, strict=True)), flat[numbers.numel() :].bool())
 
 
 def summarise(scored: Sequence[Scored], out: AdvantageOut) -> dict[str, float | None]:

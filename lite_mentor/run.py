@@ -21,6 +21,7 @@ import torch
 from lite_mentor import checkpoint
 from lite_mentor.assets import cache_folder
 from lite_mentor.config import NEUTRAL, ROUNDING, Config
+from lite_mentor.device import compute_device, compute_dtype, too_small, why_cpu
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
 from lite_mentor.evaluate import suites
@@ -31,7 +32,7 @@ from lite_mentor.optim import Guard, make_optimizer
 from lite_mentor.prompt import Chat
 from lite_mentor.rollout import Limits, limits_of, prompt_of
 from lite_mentor.sandbox import open_sandbox
-from lite_mentor.student import Student, compute_device, compute_dtype, load_student
+from lite_mentor.student import Student, load_student
 from lite_mentor.tasks import load_task
 from lite_mentor.teacher import TeacherCache, open_cache
 from lite_mentor.tools import RunCall, caller
@@ -166,7 +167,7 @@ def differences(found: checkpoint.Checkpoint, run: Run) -> tuple[list[str], list
 @contextmanager
 def prepare(config: Config) -> Iterator[Run]:
     """Open every room of a run; on leaving, close what has processes or files."""
-    device = compute_device(config.device)
+    device, requested = compute_device(config.device), config.device
     out = Path(config.resume or config.out or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     # What `auto` means is decided once and written down: a resumed run must not decide otherwise.
     dtype = "bf16" if compute_dtype(device, config.dtype) is torch.bfloat16 else "fp32"
@@ -175,6 +176,8 @@ def prepare(config: Config) -> Iterator[Run]:
     with ExitStack() as stack:
         stack.enter_context(checkpoint.lock(out))
         log = stack.enter_context(RunLog(out, config.asdict(), total_steps=config.steps, resume=bool(config.resume)))
+        for sentence in filter(None, (why_cpu(requested), too_small(config.preset, device))):
+            log.note(sentence)
         examples, teacher = training_examples(config, out, log.note)
         held_out = suites(config)
         student = load_student(

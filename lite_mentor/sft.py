@@ -105,11 +105,12 @@ def cold_start(
     for step in range(config.sft_steps):
         chosen = [rollouts[(step * config.sft_batch + i) % len(rollouts)] for i in range(config.sft_batch)]
         batches = pack(chosen, [0.0] * len(chosen), config.micro_tokens)
-        loss = 0.0
+        parts = []
         for batch in batches:
             part = loss_of(batch, chosen)
             part.backward()
-            loss += part.item()
+            parts.append(part.detach())
+        loss = sum(torch.stack(parts).tolist())  # waits for the GPU once
         lr = learning_rate(step, config.sft_steps, peak=config.sft_lr, warmup=3, schedule="cosine")
         update = apply_gradients(optimizer, lr=lr, max_norm=config.max_grad_norm, allowed=math.isfinite(loss))
         if update.applied:

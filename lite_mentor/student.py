@@ -16,7 +16,6 @@ import hashlib
 import logging
 import math
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from lite_mentor import attention
 from lite_mentor.assets import resolve_student, source_of
 from lite_mentor.attention import PackedPlan
+from lite_mentor.device import compute_dtype, memory_left
 from lite_mentor.errors import UserError
 from lite_mentor.tiny import tiny_student
 
@@ -291,9 +291,28 @@ def load_student(
 ) -> Student:
     """The student that `name` means (a folder, a hub id, `smollm2-135m` or `tiny`), with fresh adapters from `seed`.
 
-    Raises UserError when it cannot be had, or computes something that the trainer would not reproduce.
+    A GPU becomes the process's current one: streams, graphs, generators and events then belong to it. Raises UserError
+    when the student cannot be had, does not fit, or computes something that the trainer would not reproduce.
     """
     compute = compute_dtype(device, dtype)
+    if quant == "nf4":
+        _check_bitsandbytes()
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(device)
+    lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    try:
+        return _load_student(name, quant, lora, device, compute, seed, gradient_checkpointing, rollout_weights)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--student {name} does not fit on {device}; take a smaller one, --quant nf4 or --rollout-weights "
+            "unmerged. " + memory_left(device)
+        ) from error
+
+
+def _load_student(
+    name: str, quant: str, lora: LoraConfig, device: str, compute: torch.dtype, seed: int, gradient_checkpointing: bool,
+    rollout_weights: str,
+) -> Student:  # fmt: skip
     # cuDNN's attention builds a plan for every length, which costs more than it saves where each row has another one.
     torch.backends.cuda.enable_cudnn_sdp(False)
     with tempfile.TemporaryDirectory() as scratch, _without_bars():
@@ -311,12 +330,21 @@ def load_student(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # the policy that is trained is the policy that sampled
-    lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         student = Student(model, tokenizer, name=name, source=source, lora=lora, rollout_weights=rollout_weights)
     _prove(student)
     return student
+
+
+def _check_bitsandbytes() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except (ImportError, OSError) as error:  # OSError: one of its libraries does not load
+        raise UserError(
+            f"--quant nf4 needs bitsandbytes, which cannot be imported ({error}); pip install bitsandbytes, or give "
+            "--quant none."
+        ) from error
 
 
 def _load(folder: Path, name: str, quant: str, device: str, dtype: torch.dtype):
@@ -368,6 +396,16 @@ def _without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def attending_by(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Inside, the model's layers attend by another implementation than ours, such as "eager" or "sdpa"."""
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention.NAME)
+
+
 @torch.no_grad()
 def _prove(student: Student) -> None:
     """Compare our packed forward and head with the model's own on two short sequences that share a prefix.
@@ -381,9 +419,8 @@ def _prove(student: Student) -> None:
     plan = PackedPlan([0, 4, 8], [-1, 0, 0], 12, student.device)
     ours_TV = student.rollout_logits(student.rollout_hidden(ids_T[None], positions_T[None], plan))
     alone = torch.stack([ids_T[:8], torch.cat([ids_T[:4], ids_T[8:]])]).to(student.device)
-    student.base.set_attn_implementation("eager")
-    theirs_TV = student.base(input_ids=alone, use_cache=False).logits.float().flatten(0, 1)
-    student.base.set_attn_implementation(attention.NAME)
+    with attending_by(student.base, "eager"):
+        theirs_TV = student.base(input_ids=alone, use_cache=False).logits.float().flatten(0, 1)
     theirs_TV = theirs_TV[[*range(8), *range(12, 16)]]
     error_T = (ours_TV - theirs_TV).norm(dim=-1) / theirs_TV.std(-1) / vocabulary**0.5
     worst = float(error_T.max())
@@ -393,32 +430,6 @@ def _prove(student: Student) -> None:
             f"The student {student.name} ({student.config.model_type}) computes its logits in a way that this trainer "
             f"does not reproduce (they differ by {worst:.2%}); choose a Llama, Qwen2, Qwen3 or Gemma3 model."
         )
-
-
-def compute_device(requested: str = "auto") -> str:
-    """What `auto` means on this machine; any other name stands for itself. UserError for a GPU that is not there."""
-    if requested.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {requested}: PyTorch sees no GPU here; install its CUDA build, or use --device cpu.")
-    if requested != "auto":
-        return requested
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def compute_dtype(device: str, requested: str = "auto") -> torch.dtype:
-    """The dtype to compute in; `auto` is bf16 where the hardware is faster in it: measured on a CPU, known on CUDA."""
-    if requested != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[requested]
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    best = {torch.bfloat16: float("inf"), torch.float32: float("inf")}
-    for _ in range(5):
-        for dtype in best:
-            a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-            start = time.perf_counter()
-            torch.mm(a, b)
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-    # Everything else in a layer gains nothing from bf16, so it must win clearly.
-    return torch.bfloat16 if best[torch.bfloat16] < 0.8 * best[torch.float32] else torch.float32
 
 
 def _logit_shape(config) -> tuple[float | None, float]:

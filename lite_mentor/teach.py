@@ -327,8 +327,7 @@ def call_text(name: str, arguments: str) -> str:
 
 def local(options: Options, examples: Sequence[Example], run: RunCall) -> Generator[TeacherRecord, None, None]:
     """Greedy episodes of a Hugging Face model, by the engine that students use."""
-    import torch
-
+    from lite_mentor.device import compute_device
     from lite_mentor.engine import Engine, Sampling
     from lite_mentor.prompt import Chat
     from lite_mentor.rollout import Limits, messages_of, roll_out
@@ -338,8 +337,7 @@ def local(options: Options, examples: Sequence[Example], run: RunCall) -> Genera
         raise UserError("--source local needs --student: a folder, a hub id, or smollm2-135m.")
     if not examples:
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_student(options.student, quant="none", lora_rank=1, device=device)
+    model = load_student(options.student, quant="none", lora_rank=1, device=compute_device())
     chat = Chat(model.tokenizer)
     limits = Limits(options.max_turns, options.max_new_tokens, MAX_PROMPT_TOKENS)
     engine = Engine.of(model, slots=options.concurrency, context=MAX_PROMPT_TOKENS + options.max_new_tokens)

@@ -341,6 +341,12 @@ def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path):
         assert sum(part.limit for part in everything.plan(tmp_path, cuda=cuda, small=False)) < 540
 
 
+def test_without_git_a_bench_still_says_where_it_ran(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert measure.machine("cpu")["commit"] == "unknown"
+    assert measure.dirty() is None
+
+
 def test_an_unknown_bench_says_how_to_use_it(capsys):
     assert bench_main(["nope"]) == 2
     assert "usage: python -m bench {agreement,all,arms,attacks," in capsys.readouterr().err

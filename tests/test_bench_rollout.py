@@ -52,6 +52,42 @@ def test_another_library_that_fails_leaves_the_engines_figures(capsys, monkeypat
     assert row["times_generate"] > 0
 
 
+def test_all_three_ways_run_with_this_version_of_transformers(capsys):
+    main(TINY.split())
+    row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert row["failed"] == {}
+    assert row["times_batching"] > 0
+
+
+@pytest.mark.parametrize("method", ["generate", "generate_batch"])
+def test_a_peer_that_raises_leaves_the_engine_its_attention(monkeypatch, method):
+    student = load_student("tiny", quant="none", dtype="fp32")
+    model, options = student.rollout_model, rollout.parse(TINY.split())
+    prompts, results = rollout.texts(options, student.head_weight_VH.shape[0])
+
+    def fails(*_, **__):
+        assert model.config._attn_implementation == "sdpa"
+        raise AssertionError("out of pages")
+
+    monkeypatch.setattr(model, method, fails, raising=False)
+    way = rollout.by_generate if method == "generate" else rollout.by_batching
+    with pytest.raises(AssertionError, match="out of pages"):
+        way(model, prompts, results, options)
+    assert model.config._attn_implementation == "lite_mentor"
+
+
+def test_an_engine_that_raises_keeps_its_burst(monkeypatch):
+    student = load_student("tiny", quant="none", dtype="fp32")
+    options = rollout.parse(TINY.split())
+    prompts, results = rollout.texts(options, student.head_weight_VH.shape[0])
+    engine = Engine.of(student, slots=len(prompts), context=rollout.length(options))
+    engine.eos_ids, engine.sampling, burst = frozenset(), Sampling(), engine.burst
+    monkeypatch.setattr(engine, "resume", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rollout.by_engine(engine, prompts, results, options)
+    assert engine.burst == burst
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_weight_is_read_once(dtype):
     """Not the embedding; and the head as it lies on a CPU, in float32."""

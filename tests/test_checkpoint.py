@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -267,7 +268,10 @@ def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) ->
     return [bits(p.detach()) for p in net.parameters()]
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adamax])
+FUSED = partial(torch.optim.AdamW, fused=True)  # what a GPU takes
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, FUSED, torch.optim.SGD, torch.optim.Adamax])
 def test_optimizer_continues_bit_for_bit(tmp_path, kind):
     net = model()
     optimizer = kind([{"params": net[0].parameters(), "lr": 0.01}, {"params": net[1].parameters()}], lr=0.1)
@@ -295,7 +299,7 @@ def test_optimizer_continues_bit_for_bit(tmp_path, kind):
 
 
 def test_optimizer_state_of_any_dtype_survives():
-    """8-bit optimizers keep uint8 states, float32 maps beside bf16 parameters, and plain integers."""
+    """Whatever an optimizer keeps: bytes, float32 beside bf16 parameters, and plain integers."""
     parameter = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     state = {

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lite_mentor import judge
 from lite_mentor.calculators import number_text
+from lite_mentor.errors import UserError
 from lite_mentor.judge import boxed, is_correct
 
 HOSTILE = "9^{9^{9^9}}"
@@ -438,3 +439,11 @@ def test_text(answer, accepted, right):
 @given(st.text(alphabet="bcxé019 -.!", max_size=50))
 def test_text_equals_itself_in_any_case_with_articles_and_spaces(text):
     assert is_correct(f"  The {text.upper()} a !", (text,), "text") is bool(judge._words(text))
+
+
+def test_a_missing_math_verify_is_not_a_wrong_answer(monkeypatch):
+    judge._math_verify.cache_clear()
+    judge._check_math_verify.cache_clear()
+    monkeypatch.setattr(judge.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^To compare answers, math-verify is needed: pip install"):
+        judge._math_verify("x + 1", "1 + x")

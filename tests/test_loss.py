@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +121,25 @@ def test_metrics_of_rows_combine_to_those_of_the_step(student):
     for name in ("loss", "entropy", "ratio/mean", "ratio/max", "logp_gap/mean", "logp_gap/max", "clip/low"):
         assert whole[name] == pytest.approx(many[name], rel=1e-4, abs=1e-6), name
     assert whole["tokens/trained"] < many["tokens/trained"]
+
+
+def test_metrics_are_read_once_an_update(monkeypatch):
+    """A look at a value stops the host until the GPU has caught up."""
+    out = SimpleNamespace(loss=torch.tensor(1.0), metrics={"kl": torch.tensor(2.0), "ratio_max": torch.tensor(3.0)})
+    bad = SimpleNamespace(loss=torch.tensor(math.nan), metrics=dict(kl=torch.tensor(1.0), ratio_max=torch.tensor(9.0)))
+    row, reads = SimpleNamespace(ids_T=[0, 0]), []
+    metrics = StepMetrics(updates=2)
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or tolist(self))
+    for found in (out, bad, out):
+        metrics.add(found, row)
+    assert not reads
+    assert metrics.not_finite() == ["loss"]
+    metrics.add(out, row)
+    result = metrics.result()
+    assert len(reads) == 2
+    assert (result["kl"], result["ratio/max"], result["tokens/trained"]) == ((2 + 1 + 2 + 2) / 2, 9.0, 8)
+    assert math.isnan(result["loss"])
 
 
 def test_the_fullest_row_is_full_to_the_last_token(student):
@@ -274,3 +295,23 @@ def test_a_drop_mass_reaches_the_gradient_and_nothing_else(student, loss):
     assert found[0.0][0] == found[0.9][0]  # the loss
     assert float((same - exact).norm() / exact.norm()) < 1e-5  # all tiles, rows in another order
     assert 1e-3 < float((dropped - exact).norm() / exact.norm()) < 1
+
+
+def test_what_fits_is_said_of_the_whole_card(student, monkeypatch):
+    config = dataclasses.replace(CONFIG, max_prompt_tokens=20, max_new_tokens=10, micro_tokens=40)
+    monkeypatch.setattr(fit, "peak_memory_bytes", lambda device: 2 * 2**30)
+    monkeypatch.setattr(fit, "reserved_memory_bytes", lambda device: 3 * 2**30)
+    assert prove_fit(student, config).endswith(
+        "fits: 2.00 GiB at most so far, 3.00 GiB of the card with what is reserved and the CUDA context"
+    )
+
+
+def test_what_does_not_fit_names_the_preset_that_does(student, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = dataclasses.replace(CONFIG, max_prompt_tokens=20, max_new_tokens=10, micro_tokens=40)
+    monkeypatch.setattr(fit, "batch_loss", full)
+    monkeypatch.setattr(fit, "memory_left", lambda device: "A Card has 7.1 GiB; --preset 8gb is made for that.")
+    with pytest.raises(UserError, match=r"A row of 40 tokens does not fit on cpu; .* --preset 8gb is made for that"):
+        prove_fit(student, config)

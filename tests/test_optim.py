@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,27 @@ def test_learning_rate_by_hand():
     assert constant == [0.25, 0.5, 0.75, 1.0, 1.0]
     cosine = [learning_rate(s, 12, peak=1.0, warmup=2, schedule="cosine") for s in (2, 7, 12)]
     assert cosine == pytest.approx([1.0, 0.55, 0.1])
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_adamw_is_torchs_own_and_fused_on_a_gpu(monkeypatch, on_cuda):
+    asked = {}
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **how: asked.update(how, parameters=parameters))
+    parameter = SimpleNamespace(is_cuda=on_cuda)
+    make_optimizer(iter([parameter]), dataclasses.replace(PRESETS["tiny"], lr=0.5, weight_decay=0.25))
+    assert asked == dict(parameters=[parameter], lr=0.5, betas=(0.9, 0.99), weight_decay=0.25, fused=on_cuda)
+
+
+def test_a_fused_update_is_that_of_the_loop():
+    moved = []
+    for fused in (False, True):
+        parameter, optimizer = one_parameter(3.0)
+        optimizer.param_groups[0]["fused"] = fused
+        for _ in range(3):
+            apply_gradients(optimizer, lr=0.1, max_norm=1.0)
+            parameter.grad = torch.tensor([-2.0, 5.0])
+        moved.append(parameter.detach())
+    torch.testing.assert_close(*moved, rtol=1e-6, atol=0)
 
 
 def one_parameter(gradient: float):

@@ -150,3 +150,15 @@ def test_a_group_is_compared_with_itself():
     assert metrics["calls/per_rollout"] == pytest.approx(2 / 3)
     assert metrics["stop/answer"] == 1.0
     assert metrics["tokens/sampled"] == 3
+
+
+def test_a_step_waits_for_its_rewards_once(monkeypatch):
+    copies, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or cpu(self))
+    config = dataclasses.replace(PRESETS["tiny"], reward="flex", advantage="gdpo", device="cpu")
+    rollouts = [episode(BOTH), episode((), "7", index=1)]
+    scored, out = score({EXAMPLE.key: EXAMPLE}, rollouts, {EXAMPLE.key: RECORD}, config)
+    assert copies == [(5 * 2 + 1,)]  # reward, advantage and three terms of both; and the group
+    assert [s.reward for s in scored] == out.reward_B.tolist()
+    assert [s.terms["align"] for s in scored] == out.terms["align"].tolist() == [1.0, 0.0]
+    assert out.zero_variance_G.dtype is torch.bool

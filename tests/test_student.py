@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from lite_mentor.engine import Engine
 from lite_mentor.errors import UserError
 from lite_mentor.prompt import Chat
 from lite_mentor.rollout import noise
-from lite_mentor.student import compute_dtype, load_student, twin_fits
+from lite_mentor.student import attending_by, load_student, twin_fits
 from lite_mentor.tasks.tiny import generate
 from lite_mentor.tiny import tiny_student, tiny_tokenizer
 
@@ -342,6 +344,31 @@ def test_a_damaged_folder_is_refused_in_a_sentence(tmp_path, how, quant):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("why", [None, OSError("libcudart.so.13: cannot open shared object file")])
+def test_nf4_without_bitsandbytes_is_a_sentence(monkeypatch, why):
+    def fails(name, *rest):
+        if name == "bitsandbytes" and why:
+            raise why
+        return imported(name, *rest)
+
+    imported = builtins.__import__
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it raises ModuleNotFoundError
+    monkeypatch.setattr(builtins, "__import__", fails)
+    with pytest.raises(UserError, match=r"^--quant nf4 needs bitsandbytes, which .*; pip install bitsandbytes, or"):
+        tiny("nf4")
+    assert not tiny("none").quantised
+
+
+def test_attention_is_ours_again_after_a_failure():
+    student = tiny()
+    inside = attending_by(student.base, "sdpa")
+    inside.__enter__()
+    assert student.config._attn_implementation == "sdpa"
+    assert not inside.__exit__(KeyError, KeyError(), None)
+    assert student.config._attn_implementation == "lite_mentor"
+    student.rollout_logits(hidden(student, student.rollout_hidden))  # the plan is asked again
+
+
 def test_a_copied_folder_is_the_same_student(tmp_path):
     folder = tiny_student(tmp_path / "a")
     shutil.copytree(folder, tmp_path / "b")
@@ -356,12 +383,6 @@ def test_the_end_of_a_turn(tmp_path):
     generation = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [10, 257, 11]}))
     assert load_student(str(folder), quant="none", dtype="fp32").eos_ids == (257, 10, 11)
-
-
-def test_the_compute_dtype():
-    assert compute_dtype("cpu", "bf16") is torch.bfloat16
-    assert compute_dtype("cpu", "fp32") is torch.float32
-    assert compute_dtype("cpu") in (torch.bfloat16, torch.float32)
 
 
 def test_a_student_describes_itself():

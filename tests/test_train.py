@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from lite_mentor import checkpoint, paging
+from lite_mentor import run as run_room
 from lite_mentor.checkpoint import versions
 from lite_mentor.rollout import Limits
 from lite_mentor.student import Student
@@ -173,9 +174,11 @@ def test_evaluations_on_the_way_keep_the_best_adapter(tmp_path, monkeypatch):
     assert kept == ["cold_start", "best", "adapter"]
 
 
-def test_check_proves_that_the_fullest_row_fits_and_changes_nothing(tmp_path, capsys):
+def test_check_proves_that_the_fullest_row_fits_and_changes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_room, "why_cpu", lambda requested: f"the GPU is not seen ({requested})")
     assert run(tmp_path / "check", "--check") == 0
     text = capsys.readouterr().out
+    assert "the GPU is not seen (auto)" in text
     assert "the fullest row" in text
     assert "fits" in text
     assert not (tmp_path / "check" / "metrics.jsonl").read_text()
