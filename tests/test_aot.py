@@ -20,7 +20,7 @@ def aot(*flags: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("arch", [86, 90, 120])
 def test_the_kernels_that_train_keep_their_budgets(arch):
     """bf16, the sampler's float32, and what has no dtype, on three of five; `python -m mentor_kernels.aot` has all."""
-    kinds = ["K1 bf16", "K2", "K3 bf16", "policy", "advantage", "sample fp32", "attention bf16"]
+    kinds = ["K1 bf16", "K2", "K3 bf16", "policy", "advantage", "sample fp32", "attention bf16", "copies bf16"]
     done = aot("--arch", str(arch), "--only", *kinds)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 over budget" in done.stdout

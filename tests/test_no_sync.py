@@ -17,7 +17,9 @@ from mentor_kernels import (
     PagedRows,
     PolicyLossConfig,
     RewardConfig,
+    RowCopies,
     TeacherTopK,
+    gather_rows,
     group_advantage,
     linear_kl,
     linear_logprob,
@@ -170,6 +172,12 @@ def attention(device: str) -> Callable[[], object]:
     return run
 
 
+def gathering(device: str) -> Callable[[], object]:
+    source = torch.randn(4, 2, 8, device=device, requires_grad=True)
+    copies = RowCopies.of(torch.tensor([1, 3, 1, 0]), 4, device)
+    return lambda: gather_rows(source, copies, repeats=2, backend="triton").sum().backward()
+
+
 CASES = {
     "score": score,
     "logprob and entropy": logprob_and_entropy,
@@ -184,6 +192,7 @@ CASES = {
     "advantages of a step": lambda device: advantages(device, "gdpo"),
     "sampling": sampling,
     "attention over pages": attention,
+    "gathered rows": gathering,
 }
 
 

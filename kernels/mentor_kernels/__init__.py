@@ -7,6 +7,7 @@
     linear_policy_loss   all of these in one, with one sweep over the vocabulary for the gradient
     sample               logits -> a token drawn from each row, and its logprob
     paged_attention      one query token a row, keys and values in pages -> what it attends to
+    gather_rows          rows by an index, with a gradient that is added up in a fixed order
     group_advantage      tool sets and answers -> composite reward and group-relative advantage
 
 `backend` is "torch", "triton" or None (the best one for the device). Start reading at kernels/README.md.
@@ -14,6 +15,7 @@
 
 from __future__ import annotations
 
+from mentor_kernels.gather_rows import RowCopies, gather_rows
 from mentor_kernels.group_advantage import STANDARD_TERMS, AdvantageOut, RewardConfig, group_advantage
 from mentor_kernels.linear_kl import linear_kl
 from mentor_kernels.linear_logprob import LogprobOut, linear_logprob
@@ -32,8 +34,10 @@ __all__ = [
     "PolicyLossConfig",
     "PolicyLossOut",
     "RewardConfig",
+    "RowCopies",
     "SampleOut",
     "TeacherTopK",
+    "gather_rows",
     "group_advantage",
     "linear_kl",
     "linear_logprob",

@@ -32,10 +32,12 @@ from triton.compiler import ASTSource
 from mentor_kernels.backend import interpreted
 
 # The package's attributes of these names are the operators.
-HEAD, TOPK, POLICY, ADVANTAGE, SAMPLE, PAGED = (
+HEAD, TOPK, POLICY, ADVANTAGE, SAMPLE, PAGED, GATHER = (
     sys.modules[f"mentor_kernels.{name}"]
-    for name in ("linear_logprob", "linear_topk", "policy_loss", "group_advantage", "sample", "paged_attention")
-)
+    for name in (
+        "linear_logprob", "linear_topk", "policy_loss", "group_advantage", "sample", "paged_attention", "gather_rows",
+    )
+)  # fmt: skip
 
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 """Shared memory of one thread block, by architecture (CUDA C Programming Guide, technical specifications)."""
@@ -273,6 +275,14 @@ def attention_merge(dtype: str, width: int) -> Variant:
     return Variant(f"attention merge {dtype} {width}", kernel, launch, types, constants, aligned=("D",))
 
 
+def copies(dtype: str) -> Variant:
+    """The gradient of gathered rows."""
+    kernel, launch = GATHER._add_copies, GATHER.ADD
+    indices = dict.fromkeys(("ends_ptr", "places_ptr"), "*i64")
+    types, _ = _arguments(kernel, {**indices, **dict.fromkeys(("grad_ptr", "out_ptr"), "*" + dtype)})
+    return Variant(f"copies {dtype}", kernel, launch, types, launch.blocks, aligned=("C", "D"))
+
+
 def _marks(**flags: bool) -> list[str]:
     return [name for name, on in flags.items() if on]
 
@@ -305,6 +315,7 @@ def variants() -> list[Variant]:
         *(whole_step(own) for own in booleans),
         *(sampling(dtype, greedy) for dtype in BYTES for greedy in booleans),
         *(make(dtype, width) for make in (attention, attention_merge) for dtype in BYTES for width in (64, 128, 256)),
+        *(copies(dtype) for dtype in BYTES),
     ]
 
 
