@@ -48,7 +48,7 @@ from lite_mentor.config import parse
 from lite_mentor.errors import UserError
 from lite_mentor.evaluate import evaluate
 from lite_mentor.log import Stopwatch, peak_memory_bytes, reserved_memory_bytes
-from lite_mentor.loss import StepMetrics, batch_loss, old_logprobs
+from lite_mentor.loss import StepMetrics, backward, batch_loss, old_logprobs
 from lite_mentor.optim import Diverged, apply_gradients, blame, learning_rate, make_optimizer, unsound
 from lite_mentor.report import write_report
 from lite_mentor.reward import score, summarise
@@ -162,7 +162,7 @@ def update(run: Run, scored: Sequence[Scored], step: int) -> dict[str, float | N
     for part, share, old_logps in zip(parts, shares, old, strict=True):
         for batch, old_logp_N in zip(share, old_logps, strict=True):
             out = batch_loss(run.student, batch, c, old_logp_N)
-            out.loss.backward()
+            backward(out.loss, c)
             metrics.add(out, batch)
         wrong = metrics.not_finite()
         changed = apply_gradients(run.optimizer, lr=lr, max_norm=c.max_grad_norm, allowed=not wrong)
@@ -174,7 +174,8 @@ def update(run: Run, scored: Sequence[Scored], step: int) -> dict[str, float | N
             wrong.append("gradient")
         what = ", ".join(sorted(set(wrong)))
         where = f"step {step} update {len(norms) - 1}" if many else f"step {step}"
-        run.guard.refused(where, part, f"not finite: {what}; {blame(part, alone(run), run.student.trainable())}")
+        found = blame(part, alone(run), run.student.trainable(), c)
+        run.guard.refused(where, part, f"not finite: {what}; {found}")
     return {**metrics.result(), "grad_norm": max(norms, default=None), "lr": lr}
 
 

@@ -35,7 +35,16 @@ NEUTRAL = frozenset(
 )
 """Fields that decide nothing of what is learned."""
 ROUNDING = frozenset(
-    {"steps", "backend", "gradient_checkpointing", "rollout_weights", "cuda_graphs", "micro_tokens", "cache_gib"}
+    {
+        "steps",
+        "backend",
+        "gradient_checkpointing",
+        "deterministic",
+        "rollout_weights",
+        "cuda_graphs",
+        "micro_tokens",
+        "cache_gib",
+    }
 )
 """Fields that change where a run ends or how its numbers are rounded, but not what it computes."""
 
@@ -80,6 +89,9 @@ class Config:
     """Play the decoding steps from CUDA graphs, one launch a step. Not yet run on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
+    deterministic: bool = True
+    """Gradients repeat bit for bit on CUDA too, as they do on a CPU in any case; attention's backward is slower for it.
+    Not yet timed on a GPU."""
 
     task: str = "math"
     """Training tasks: a built-in suite (math, math_varied, gsm_symbolic, bfcl_turns), or a .jsonl or .parquet file."""

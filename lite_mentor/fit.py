@@ -13,7 +13,7 @@ from lite_mentor.config import Config
 from lite_mentor.device import memory_left
 from lite_mentor.errors import UserError
 from lite_mentor.log import peak_memory_bytes, reserved_memory_bytes
-from lite_mentor.loss import batch_loss
+from lite_mentor.loss import backward, batch_loss
 from lite_mentor.student import Student
 from lite_mentor.types import Batch, Rollout
 
@@ -73,7 +73,7 @@ def prove_fit(student: Student, config: Config) -> str:
     """
     batch = fullest_row(config, student.config.vocab_size)
     try:
-        batch_loss(student, batch, config).loss.backward()
+        backward(batch_loss(student, batch, config).loss, config)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"A row of {len(batch.ids_T)} tokens does not fit on {config.device}; lower --micro-tokens (now "

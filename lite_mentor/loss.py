@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from mentor_kernels import (
     Normaliser,
     PolicyLossConfig,
     PolicyLossOut,
+    RowCopies,
     TeacherTopK,
+    gather_rows,
     linear_logprob,
     linear_policy_loss,
 )
@@ -20,6 +23,11 @@ from lite_mentor.config import Config
 from lite_mentor.errors import UserError
 from lite_mentor.student import Student
 from lite_mentor.types import Batch
+
+REPEATABLE = (":4096:8", ":16:8")
+"""Values of CUBLAS_WORKSPACE_CONFIG; under any other, and without one, torch's deterministic mode refuses products."""
+# cuBLAS reads it when it starts, which is after the imports.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", REPEATABLE[0])
 
 
 def loss_config(config: Config) -> PolicyLossConfig:
@@ -45,6 +53,12 @@ def check_backend(config: Config) -> None:
         )
     if config.drop_mass and resolve_head_backend(config.kernel_backend, torch.device(config.device)) == "torch":
         raise UserError("--drop-mass is for the head's Triton kernels, and here it takes torch's; leave it out.")
+    workspace = os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    if config.deterministic and config.device != "cpu" and workspace not in REPEATABLE:
+        raise UserError(
+            f"CUBLAS_WORKSPACE_CONFIG is {workspace!r}, under which cuBLAS need not repeat its bits; unset it, or give "
+            "--no-deterministic."
+        )
     if config.cuda_graphs and config.device == "cpu":
         raise UserError("--cuda-graphs needs a GPU; leave it out on a CPU.")
     if config.cuda_graphs and config.backend == "torch":
@@ -55,7 +69,7 @@ def logprobs(
     student: Student, batch: Batch, *, temperature: float = 1.0, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logprob and entropy [N] of each sampled token, under the student as it is now."""
-    hidden_NH = sampled_hidden(student, batch)
+    hidden_NH = sampled_hidden(student, batch, backend)
     how = _head(student, temperature, backend)
     out = linear_logprob(hidden_NH, student.head_weight_VH, batch.targets_N.to(hidden_NH.device), **how)
     return out.logprob_N, out.entropy_N
@@ -73,7 +87,7 @@ def supervised_loss(
     That is cispo's loss with an advantage of 1, since without old logprobs every ratio is 1. With `soft`, a teacher's
     likeliest tokens and their logprobs [N, K], soft_weight of it is the KL to those.
     """
-    hidden_NH = sampled_hidden(student, batch)
+    hidden_NH = sampled_hidden(student, batch, backend)
     device = hidden_NH.device
     targets_N, sequence_N = batch.targets_N.to(device), batch.sequence_N.to(device)
     return linear_policy_loss(
@@ -90,11 +104,14 @@ def supervised_loss(
     ).loss
 
 
-def sampled_hidden(student: Student, batch: Batch) -> torch.Tensor:
+def sampled_hidden(student: Student, batch: Batch, backend: str | None = None) -> torch.Tensor:
     """Hidden states [N, H] from which the sampled tokens are predicted."""
-    plan = PackedPlan(batch.segment_starts, batch.segment_parents, len(batch.ids_T), student.device)
+    tokens = len(batch.ids_T)
+    plan = PackedPlan(batch.segment_starts, batch.segment_parents, tokens, student.device, backend)
     hidden_TH = student.hidden(batch.ids_T[None], batch.positions_T[None], plan)
-    return hidden_TH.index_select(0, batch.row_index_N.to(hidden_TH.device))
+    # A group's first tokens are all predicted by the last state of their prompt.
+    copies = RowCopies.of(batch.row_index_N, tokens, hidden_TH.device)
+    return gather_rows(hidden_TH[:, None], copies, backend=backend)[:, 0]
 
 
 def _head(student: Student, temperature: float, backend: str | None) -> dict:
@@ -118,8 +135,8 @@ def batch_loss(student: Student, batch: Batch, config: Config, old_logp_N: torch
     ref_hidden_NH = None
     if config.beta:
         with torch.no_grad(), student.reference():
-            ref_hidden_NH = sampled_hidden(student, batch)
-    hidden_NH = sampled_hidden(student, batch)
+            ref_hidden_NH = sampled_hidden(student, batch, config.kernel_backend)
+    hidden_NH = sampled_hidden(student, batch, config.kernel_backend)
     device = hidden_NH.device
     return linear_policy_loss(
         hidden_NH,
@@ -135,6 +152,26 @@ def batch_loss(student: Student, batch: Batch, config: Config, old_logp_N: torch
         normaliser=Normaliser(tokens=batch.global_tokens, sequences=batch.global_sequences),
         drop_mass=config.drop_mass,
     )
+
+
+def backward(loss: torch.Tensor, config: Config) -> None:
+    """loss.backward(); by default with gradients that are the same, bit for bit, each time that it is done again.
+
+    On the CPU they are so anyway. On CUDA (not yet run there) it takes torch's deterministic algorithms: attention's
+    backward follows that mode, though not the one that merely warns. It is on in here alone, since operations elsewhere
+    would raise under it; and without its default of filling new memory.
+    """
+    if not config.deterministic:
+        loss.backward()
+        return
+    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("error")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        loss.backward()
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 class StepMetrics:

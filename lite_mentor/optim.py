@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lite_mentor.config import Config
 from lite_mentor.errors import UserError
+from lite_mentor.loss import backward
 from lite_mentor.types import Scored
 
 
@@ -112,12 +113,14 @@ def unsound(scored: Sequence[Scored]) -> str:
     return ""
 
 
-def blame(share: Sequence[Scored], loss_of: Callable[[Scored], Tensor], parameters: Sequence[Tensor]) -> str:
+def blame(
+    share: Sequence[Scored], loss_of: Callable[[Scored], Tensor], parameters: Sequence[Tensor], config: Config
+) -> str:
     """Whose loss or gradient is not finite on its own: a forward and a backward for each. Gradients are cleared."""
     found = []
     for s in share:
         loss = loss_of(s)
-        loss.backward()
+        backward(loss, config)
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not all(bool(x.isfinite().all()) for x in [loss.detach(), *gradients]):
             found.append(s)

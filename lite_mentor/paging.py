@@ -11,13 +11,13 @@ that others hold: a sequence shares full pages and copies the last, partly fille
 from __future__ import annotations
 
 import collections.abc as abc
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from mentor_kernels import PagedRows, paged_attention
 
-from lite_mentor.attention import as_bias, under_bias
+from lite_mentor.attention import Segments, repeats_wanted, varlen
 
 
 class PagePool:
@@ -135,7 +135,11 @@ class DecodePlan:
 
 
 class StepPlan:
-    """Attention of a step in which some rows have several new tokens: prompts, tool results. Those go one by one."""
+    """Attention of a step in which some rows have several new tokens: prompts, tool results.
+
+    Those rows are segments of one `varlen` attention, or of a few when together they see more than GATHERED tokens. The
+    keys and values are gathered from the prefix and the pages, by an index that is made once and serves every layer.
+    """
 
     def __init__(self, pool: PagePool, prefix: int, spans: list[Span], *, backend: str | None = None):
         device = pool.keys.device
@@ -144,43 +148,66 @@ class StepPlan:
         self.positions_T = torch.tensor([s.shared + i for s, i in places], device=device)
         page = pool.page
         self.write_T = torch.tensor([s.pages[i // page] * page + i % page for s, i in places], device=device)
-        starts = torch.tensor([0, *(s.end - s.cached for s in spans)]).cumsum(0)
-        self.last_R = (starts[1:] - 1).to(device)
+        ends = list(accumulate(s.end - s.cached for s in spans))
+        self.last_R = torch.tensor(ends, device=device) - 1
         single = [r for r, s in enumerate(spans) if s.end - s.cached == 1]
-        self.single_B = starts[single].to(device)
+        self.single_B = self.last_R[single]
         self.decode = DecodePlan(pool, prefix, [spans[r] for r in single], backend=backend)
-        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
-        self.multiple = [
-            (int(starts[r]), s, torch.tensor(s.pages[: pool.pages_for(s.end - s.shared)], device=device))
-            for r, s in enumerate(spans)
-            if s.end - s.cached > 1
-        ]
+        self.several = [_Several.of(pool, ends, rows) for rows in _in_calls(spans)]
 
     def attend(self, layer: int, query, key, value, *, scaling: float, window: int | None = None) -> torch.Tensor:
         """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]; a window sees that many tokens back."""
         keys, values = self.pool.write(layer, self.write_T, key, value)
-        out_THD = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+        repeats = repeats_wanted(query, key)
+        query_THD = query[0].transpose(0, 1)
+        out_THD = query.new_empty(query_THD.shape)
         if len(self.single_B):
-            single_BHD = query[0, :, self.single_B].transpose(0, 1)
-            out_THD[self.single_B] = self.decode.look(single_BHD, keys, values, scaling, window)
-        for start, span, pages_N in self.multiple:
-            new = span.end - span.cached
-            k, v = (
-                torch.cat([cache.flatten(0, 1)[: span.shared], cache.index_select(0, pages_N).flatten(0, 1)])
-                [: span.end].transpose(0, 1).unsqueeze(0)
-                for cache in (keys, values)
-            )  # fmt: skip
-            got = self._look(query[:, :, start : start + new], k, v, start, span.cached, scaling, window)
-            out_THD[start : start + new] = got[0].transpose(0, 1)
+            out_THD[self.single_B] = self.decode.look(query_THD[self.single_B], keys, values, scaling, window)
+        for rows in self.several:
+            key_KGD, value_KGD = (rows.seen(cache, repeats) for cache in (keys, values))
+            how = dict(scaling=scaling, window=window)
+            out_THD[rows.new_Q] = varlen(query_THD[rows.new_Q], key_KGD, value_KGD, rows.segments, **how)
         return out_THD[None]
 
-    def _look(self, query, key, value, start: int, cached: int, scaling: float, window: int | None) -> torch.Tensor:
-        """The new tokens of one row see its `cached` ones and, causally, themselves; masks serve every layer."""
-        if (start, window) not in self._masks:
-            seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(cached)
-            seen = seen if window is None else seen.triu(cached - window + 1)
-            self._masks[start, window] = as_bias(seen, query.dtype) if query.is_cuda else seen
-        mask = self._masks[start, window]
-        if query.is_cuda:
-            return under_bias(query, key, value, mask, scaling)
-        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+
+GATHERED = 8192
+"""Tokens whose keys and values are copied at once, unless a single row sees more: 256 MB of them at 32 heads of 128."""
+
+
+def _in_calls(spans: list[Span]) -> list[dict[int, Span]]:
+    """The rows with several new tokens, by their number, in parts of at most GATHERED tokens seen."""
+    calls: list[dict[int, Span]] = []
+    room = 0
+    for r, span in enumerate(spans):
+        if span.end - span.cached > 1:
+            if not calls or span.end > room:
+                calls.append({})
+                room = GATHERED
+            calls[-1][r] = span
+            room -= span.end
+    return calls
+
+
+class _Several(NamedTuple):
+    """Rows with several new tokens each: which tokens of the step those are, and where in the pool they look."""
+
+    new_Q: torch.Tensor
+    places_K: torch.Tensor
+    segments: Segments
+
+    @classmethod
+    def of(cls, pool: PagePool, ends: list[int], rows: dict[int, Span]) -> _Several:
+        """`ends`: where each row of the step ends among its new tokens."""
+        device, within = pool.keys.device, torch.arange(pool.page)
+        new, places = [], []
+        for r, span in rows.items():
+            new.append(torch.arange(ends[r] - (span.end - span.cached), ends[r]))
+            own = torch.tensor(span.pages)[:, None] * pool.page + within
+            places += [torch.arange(span.shared), own.flatten()[: span.end - span.shared]]
+        segments = Segments([len(n) for n in new], [span.end for span in rows.values()], device)
+        return cls(torch.cat(new).to(device), torch.cat(places).to(device), segments)
+
+    def seen(self, cache: torch.Tensor, repeats: int) -> torch.Tensor:
+        """What they see of a layer's keys or values, each KV head `repeats` times, [K, G repeats, D]."""
+        places_PGRD = cache.flatten(0, 1)[:, :, None].expand(-1, -1, repeats, -1)
+        return places_PGRD.index_select(0, self.places_K).flatten(1, 2)

@@ -15,7 +15,7 @@ import torch
 from lite_mentor.batch import pack
 from lite_mentor.config import Config
 from lite_mentor.errors import UserError
-from lite_mentor.loss import supervised_loss
+from lite_mentor.loss import backward, supervised_loss
 from lite_mentor.optim import Guard, apply_gradients, blame, learning_rate
 from lite_mentor.prompt import Chat
 from lite_mentor.soft import read as read_labels
@@ -108,7 +108,7 @@ def cold_start(
         parts = []
         for batch in batches:
             part = loss_of(batch, chosen)
-            part.backward()
+            backward(part, config)
             parts.append(part.detach())
         loss = sum(torch.stack(parts).tolist())  # waits for the GPU once
         lr = learning_rate(step, config.sft_steps, peak=config.sft_lr, warmup=3, schedule="cosine")
@@ -118,7 +118,8 @@ def cold_start(
         else:
             share = [Scored(rollout, {}, None, None) for rollout in chosen]
             why = f"its loss is {loss} and its gradient norm {update.grad_norm}"
-            guard.refused(f"cold start step {step}", share, f"{why}; {blame(share, loss_alone, student.trainable())}")
+            found = blame(share, loss_alone, student.trainable(), config)
+            guard.refused(f"cold start step {step}", share, f"{why}; {found}")
         yield {
             "step": step,
             "phase": "sft",

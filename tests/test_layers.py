@@ -15,7 +15,7 @@ ORDER = [
     "reward", "batch", "loss", "optim", "soft", "sft", "checkpoint", "statistics", "evaluate", "display", "log",
     "charts", "page", "report", "fit", "run", "label",
 ]  # fmt: skip
-MAY_IMPORT_KERNELS = {"loss", "reward", "student", "paging", "decode"}
+MAY_IMPORT_KERNELS = {"attention", "loss", "reward", "student", "paging", "decode"}
 
 
 def room_of(path: Path) -> str:

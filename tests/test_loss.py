@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ from lite_mentor.batch import pack
 from lite_mentor.config import PRESETS
 from lite_mentor.errors import UserError
 from lite_mentor.fit import fullest_row, largest_row, prove_fit, row_tokens
-from lite_mentor.loss import StepMetrics, batch_loss, check_backend, logprobs, old_logprobs
+from lite_mentor.loss import StepMetrics, backward, batch_loss, check_backend, logprobs, old_logprobs
 from lite_mentor.student import load_student
 from tests.test_batch import rollout
 
@@ -315,3 +317,100 @@ def test_what_does_not_fit_names_the_preset_that_does(student, monkeypatch):
     monkeypatch.setattr(fit, "memory_left", lambda device: "A Card has 7.1 GiB; --preset 8gb is made for that.")
     with pytest.raises(UserError, match=r"A row of 40 tokens does not fit on cpu; .* --preset 8gb is made for that"):
         prove_fit(student, config)
+
+
+# --- gradients that repeat ------------------------------------------------------------------------------------------
+
+
+def modes() -> tuple[int, bool]:
+    return torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+
+
+class Probe(torch.autograd.Function):
+    """Notes under which modes its backward runs."""
+
+    seen: tuple[int, bool] = (0, False)
+
+    @staticmethod
+    def forward(ctx, x, fails):
+        ctx.fails = fails
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        Probe.seen = modes()
+        if ctx.fails:
+            raise RuntimeError("the backward failed")
+        return grad.expand(3), None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_the_backward_alone_is_deterministic(before, fails):
+    x = torch.zeros(3, requires_grad=True)
+    loss = Probe.apply(x, fails)
+    outside = modes()
+    torch.set_deterministic_debug_mode(before)
+    try:
+        if fails:
+            with pytest.raises(RuntimeError, match="the backward failed"):
+                backward(loss, CONFIG)
+        else:
+            backward(loss, CONFIG)
+            assert x.grad.tolist() == [1, 1, 1]
+        assert Probe.seen == (2, False)
+        assert modes() == (before, outside[1])
+    finally:
+        torch.set_deterministic_debug_mode(outside[0])
+
+
+def test_it_can_be_left_as_it_is():
+    x = torch.zeros(3, requires_grad=True)
+    backward(Probe.apply(x, False), dataclasses.replace(CONFIG, deterministic=False))
+    assert Probe.seen == modes()
+
+
+def test_nothing_else_calls_a_backward():
+    root = Path(__file__).parent.parent
+    files = [root / "train.py", *(root / "lite_mentor").rglob("*.py")]
+    calls = {f.name: len(re.findall(r"\.backward\(\)", f.read_text(encoding="utf-8"))) for f in files}
+    assert {name: n for name, n in calls.items() if n} == {"loss.py": 3}  # two calls, and the docstring that names them
+
+
+def test_a_workspace_that_cublas_does_not_repeat_with_is_refused(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(UserError, match=r"CUBLAS_WORKSPACE_CONFIG is ':0:0'.*--no-deterministic"):
+        check_backend(dataclasses.replace(CONFIG, device="cuda"))
+    check_backend(dataclasses.replace(CONFIG, device="cuda", deterministic=False))
+    check_backend(CONFIG)
+
+
+def repeated_gradients(dtype: str, checkpointing: bool, device: str) -> list[list[torch.Tensor]]:
+    found = load_student(
+        "tiny", quant="none", dtype=dtype, lora_rank=4, device=device, gradient_checkpointing=checkpointing
+    )
+    torch.manual_seed(0)
+    for parameter in found.trainable():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    (row,) = pack(episodes() * 8, ADVANTAGES * 8, 1000)
+    config = dataclasses.replace(CONFIG, device=device, beta=0.1, entropy=0.01)
+    grads = []
+    for _ in range(3):
+        backward(batch_loss(found, row, config).loss, config)
+        grads.append([p.grad for p in found.trainable()])
+        for p in found.trainable():
+            p.grad = None
+    return grads
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gradients_repeat_bit_for_bit(dtype, checkpointing, device):
+    """Forty rollouts of two prompts: what they share collects gradients from all of them."""
+    first, *again = repeated_gradients(dtype, checkpointing, device)
+    assert any(g.abs().max() > 0 for g in first)
+    assert all(torch.equal(a, b) for grads in again for a, b in zip(first, grads, strict=True))

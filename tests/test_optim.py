@@ -127,7 +127,8 @@ def test_at_most_three_are_named():
 def test_the_rollout_whose_loss_or_gradient_is_not_finite_is_found():
     weight = torch.nn.Parameter(torch.zeros(2))
     losses = {0: lambda: weight.sum(), 1: lambda: weight.sum() * math.nan, 2: lambda: weight.sqrt().sum()}
-    whose = blame([one(0), one(1), one(2)], lambda s: losses[s.rollout.index](), [weight])
+    whose = blame([one(0), one(1), one(2)], lambda s: losses[s.rollout.index](), [weight], PRESETS["tiny"])
     assert whose == "on its own it is that of example 4 (group 4, rollout 1), example 4 (group 4, rollout 2)"
     assert weight.grad is None
-    assert blame([one(0)], lambda s: weight.sum(), [weight]) == "no rollout alone does that, only all together"
+    whose = blame([one(0)], lambda s: weight.sum(), [weight], PRESETS["tiny"])
+    assert whose == "no rollout alone does that, only all together"
