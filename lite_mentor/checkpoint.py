@@ -124,7 +124,11 @@ def sweep(root: Path) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """What computes here, by package: with other versions a run does not go on bit for bit. None: not installed."""
+    """What computes here, by package: with other versions a run does not go on bit for bit. None: not installed.
+
+    With the same ones it does on a CPU, which is tested; on CUDA it is meant to, with `Config.deterministic`, and was
+    not yet run.
+    """
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("torch", "transformers", "peft", "bitsandbytes", "safetensors"):
         try:

@@ -122,10 +122,10 @@ def _head(student: Student, temperature: float, backend: str | None) -> dict:
 def old_logprobs(student: Student, batch: Batch, config: Config) -> torch.Tensor:
     """The trainer's own logprobs [N] before the first of several updates on the same rollouts.
 
-    Bit for bit those that `batch_loss` finds for the same row while the weights stay (on a GPU with the exact KL: but
-    for the order of its sums), so each ratio of the first update is exactly 1: old logprobs never come from the
-    sampler. What the sampler disagrees with is no part of the ratio; it is measured (logp_gap) and weighted (tis_cap)
-    apart.
+    Bit for bit those that `batch_loss` finds for the same row while the weights stay, so each ratio of the first update
+    is exactly 1: old logprobs never come from the sampler. This was tested on the CPU, and not yet on a GPU, where with
+    the exact KL the order of its sums differs. What the sampler disagrees with is no part of the ratio; it is measured
+    (logp_gap) and weighted (tis_cap) apart.
     """
     return logprobs(student, batch, temperature=config.temperature, backend=config.kernel_backend)[0]
 

@@ -66,8 +66,8 @@ def roll_out(
 
     Equal (seed, step, example, index) draw equal noise, whatever else runs beside them. Calls of tools that live
     elsewhere run in threads while the other episodes decode; when they finish decides who decodes beside whom, which
-    the logits feel in their last bits only. Calls of our own tools run at once, so that such a run repeats bitwise.
-    What a call raises ends all of it.
+    the logits feel in their last bits only. Calls of our own tools run at once, so that such a run repeats bitwise on
+    a CPU; on a GPU this was not yet tried. What a call raises ends all of it.
     """
     engine.sampling = sampling
     with ThreadPoolExecutor(TOOL_THREADS) as threads:

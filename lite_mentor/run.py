@@ -114,7 +114,10 @@ class Run:
         return found.step
 
     def _check_that_it_is_ours(self, found: checkpoint.Checkpoint) -> None:
-        """Raise UserError unless `found` goes on bit for bit here; what is merely inexact, --resume-anyway accepts."""
+        """Raise UserError unless `found` goes on bit for bit here; what is merely inexact, --resume-anyway accepts.
+
+        For CUDA see `checkpoint.versions`.
+        """
         other, inexact = differences(found, self)
         if other:
             raise UserError(

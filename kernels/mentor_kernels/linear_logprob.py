@@ -1015,7 +1015,8 @@ def linear_logprob(
     too), H and V. The outputs are float32, from logits that were summed and kept in float32 (float64 in, float64 out).
 
     Differentiable in hidden_NH through both outputs; the head is frozen and never gets a gradient. Under no_grad, or
-    when hidden_NH needs no gradient, only the score is computed, with bitwise the same result for the same rows.
+    when hidden_NH needs no gradient, only the score is computed, with bitwise the same result for the same rows
+    (tested on the CPU and in Triton's interpreter, not yet on a GPU).
 
     A drop_mass above 0 lets the Triton kernels leave tiles of the head out of the gradient (never out of the score), at
     most that much probability in each row: a unit of upstream gradient is then off by at most 2 drop_mass max |W_v|

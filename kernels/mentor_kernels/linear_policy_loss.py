@@ -14,8 +14,8 @@ sum joins c as -weight w Q; K + 1 gathered rows of the head are the rest.
 FLOPs, in units of one GEMM of the head: 2, an entropy bonus included, and 3 with the exact KL; the separate operators
 take 4 and 5 to 7. Rows whose coefficients are all 0 (of a silent group, a clipped token) cost nothing in K3: they go to
 the end of their chunk, and blocks of nothing else skip their GEMM. Without the exact KL the logprobs, the loss and
-the metrics are bitwise those of the separate operators; with it K1 lays its rows out otherwise on a GPU, and adds them
-in another order.
+the metrics are bitwise those of the separate operators (in Triton's interpreter; not yet run on a GPU); with it K1 lays
+its rows out otherwise on a GPU, and adds them in another order.
 
 gspo and the importance weights of whole sequences need all logprobs of a sequence before the first slope, and a chunk
 may cut a sequence. There, and on the torch backend, the separate operators run instead.

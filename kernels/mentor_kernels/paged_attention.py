@@ -17,8 +17,9 @@ The Triton kernels (the split over the sequence is that of Flash-Decoding, Dao e
                     same sum of values; the query heads that share the KV head are rows of one product
     _merge_splits   a row's splits together
 
-SPLIT does not depend on the batch, so a row's bits do not depend on who decodes beside it. Nothing on the host depends
-on a length: lengths and tables are read on the device, so one CUDA graph serves every step.
+SPLIT does not depend on the batch, so a row's bits do not depend on who decodes beside it (tested in the interpreter,
+not yet on a GPU). Nothing on the host depends on a length: lengths and tables are read on the device, so one CUDA graph
+serves every step.
 """
 
 from __future__ import annotations
