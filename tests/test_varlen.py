@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 import types
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -24,7 +24,9 @@ from lite_mentor import attention, paging
 from lite_mentor.attention import PackedPlan, as_bias, takes_varlen, under_bias
 from lite_mentor.errors import UserError
 from lite_mentor.paging import PagePool, Span, StepPlan
-from tests.test_attention import forests, seen_by
+from lite_mentor.student import load_student
+from lite_mentor.tiny import tiny_student
+from tests.test_attention import MODELS, PARENTS, STARTS, TOKENS, forests, packed_row, seen_by
 
 # --- a stand-in for the kernel, and wrong ones -----------------------------------------------------------------------
 
@@ -49,6 +51,8 @@ def kernel_of(seen):
         assert (max_q, max_k) == tuple(max(n) for n in lengths)
         assert type(window_size) is tuple
         assert enable_gqa or query.shape[1] == key.shape[1]
+        assert query.dtype == key.dtype == value.dtype
+        assert {x.stride(-1) for x in (query, key, value)} == {1}
         out = []
         for q, k, v in zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True):
             how = dict(attn_mask=seen(len(q), len(k), window_size), scale=scale, enable_gqa=enable_gqa)
@@ -207,6 +211,32 @@ def test_the_index_is_made_once():
         attended(plan, inputs(WIDE[2], 4, 2, torch.float32), None)
     assert plan.copies is first[0]
     assert plan.segments.bounds is first[1]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_in_bf16_through_a_kernel(tmp_path, kind):
+    """What a model hands over is what the kernel takes, and checkpointing hands it over again."""
+    options = dict(architecture=kind) | MODELS[kind]
+    folder = tiny_student(tmp_path, num_hidden_layers=3, hidden_size=64, **options)
+    student = load_student(str(folder), quant="none", dtype="bf16", lora_rank=4, gradient_checkpointing=True)
+    ids_T, positions_T, _ = packed_row()
+    calls, results = [], []
+
+    def counted(query, *arguments, **how):
+        calls.append(query.dtype)
+        return kernel_of(seen_from_the_end)(query, *arguments, **how)
+
+    for kernel in (False, True):
+        with through(counted, False) if kernel else nullcontext():
+            hidden_TH = student.hidden(ids_T[None], positions_T[None], PackedPlan(STARTS, PARENTS, TOKENS))
+            hidden_TH.float().square().sum().backward()
+        grads = torch.cat([p.grad.flatten() for p in student.trainable()])
+        student.model.zero_grad()
+        results.append((hidden_TH.detach().float(), grads))
+    assert calls == [torch.bfloat16] * 6  # three layers, forward and again in the backward
+    for one_by_one, through_kernel in zip(*results, strict=True):
+        assert one_by_one.norm() > 0
+        assert float((through_kernel - one_by_one).norm() / one_by_one.norm()) < 0.05
 
 
 # --- which kernel ----------------------------------------------------------------------------------------------------
