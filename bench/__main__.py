@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import agreement, arms, attacks, fuzz, keep_rate, kernels, rollout, soak, step
+from bench import agreement, arms, attacks, fuzz, keep_rate, kernels, launches, rollout, soak, step
 from bench import all as everything
 from lite_mentor.errors import UserError
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "attacks": attacks.main,
     "fuzz": fuzz.main,
     "kernels": kernels.main,
+    "launches": launches.main,
     "rollout": rollout.main,
     "soak": soak.main,
     "step": step.main,

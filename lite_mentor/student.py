@@ -34,12 +34,15 @@ from lite_mentor.assets import resolve_student, source_of
 from lite_mentor.attention import PackedPlan
 from lite_mentor.device import compute_dtype, memory_left
 from lite_mentor.errors import UserError
+from lite_mentor.norms import fuse_norms
 from lite_mentor.tiny import tiny_student
 
 # Importing bitsandbytes on a CPU logs that an optional kernel was not found; what it has instead is what we want.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward from" not in r.getMessage())
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
+
+from lite_mentor.lora import Adapters, dequantised, shared_inputs  # noqa: E402
 
 
 class Student:
@@ -58,6 +61,8 @@ class Student:
         self.softcap, self.logit_scale = _logit_shape(self.config)
         self.eos_ids = _eos_ids(model, tokenizer)
         self.quantised = getattr(model, "is_loaded_in_4bit", False)
+        if self.device.type == "cuda":
+            fuse_norms(model)
         with warnings.catch_warnings():  # peft asks transformers under an attribute's old name
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             try:
@@ -71,6 +76,8 @@ class Student:
         self._adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         merged = rollout_weights == "merged" or (rollout_weights == "auto" and twin_fits(self.base))
         self._rollout = RolloutWeights(self.base, merged=merged)
+        layers = [layer for _, layer in adapted_layers(self.base)]
+        self._lora = Adapters(shared_inputs(layers, self._two_tokens), self.dtype)
         self.refresh_rollout_weights()
 
     @property
@@ -85,6 +92,7 @@ class Student:
 
     def hidden(self, ids_1T: torch.Tensor, positions_1T: torch.Tensor, plan: attention.Plan) -> torch.Tensor:
         """The final normed hidden states [T, H] of a packed row, differentiable in the adapters."""
+        self._lora.refresh()
         return self._forward(self.base, ids_1T, positions_1T, plan)
 
     def rollout_hidden(self, ids_1T: torch.Tensor, positions_1T: torch.Tensor, plan: attention.Plan) -> torch.Tensor:
@@ -101,13 +109,18 @@ class Student:
     def refresh_rollout_weights(self) -> None:
         """Rebuild the rollout weights from the frozen base and the adapters as they are now."""
         self._rollout.refresh()
+        self._lora.refresh()
 
     def _forward(self, model: PreTrainedModel, ids_1T, positions_1T, plan: attention.Plan) -> torch.Tensor:
         ids_1T, positions_1T = ids_1T.to(self.device), positions_1T.to(self.device)
-        # Autocast runs the adapters in bf16 as well; their weights, gradients and updates stay float32.
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-            out = model.base_model(input_ids=ids_1T, position_ids=positions_1T, plan=plan, use_cache=False)
+        out = model.base_model(input_ids=ids_1T, position_ids=positions_1T, plan=plan, use_cache=False)
         return out.last_hidden_state[0].to(self.dtype)
+
+    @torch.no_grad()
+    def _two_tokens(self) -> None:
+        """A forward of the base, to see which layers are given what."""
+        plan = PackedPlan([0], [-1], 2, self.device)
+        self._forward(self.base, torch.zeros(1, 2, dtype=torch.long), torch.arange(2)[None], plan)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -221,7 +234,7 @@ class RolloutWeights:
     def refresh(self) -> None:
         """weight <- round(dequant(base) + scaling B A), in place, computed in float32."""
         for layer, weight in self.layers:
-            dense = _dequantised(layer.get_base_layer()).float()
+            dense = dequantised(layer.get_base_layer()).float()
             down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             weight.copy_(torch.addmm(dense, up, down, alpha=layer.scaling["default"]))
 
@@ -266,15 +279,6 @@ def parameters(base: PreTrainedModel) -> int:
         state = getattr(p, "quant_state", None)
         total += 0 if "lora_" in name else p.numel() if state is None else math.prod(state.shape)
     return total
-
-
-def _dequantised(linear: nn.Module) -> torch.Tensor:
-    state = getattr(linear.weight, "quant_state", None)
-    if state is None:
-        return linear.weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(linear.weight, state)
 
 
 def load_student(
