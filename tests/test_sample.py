@@ -269,7 +269,7 @@ def test_any_layout(draw):
     assert same_bits(draw(logits[:1].expand(3, -1), uniform[:1].expand(3)), SampleOut(*(x[[0] * 3] for x in whole)))
 
 
-@pytest.mark.parametrize("block", [512, 1024])
+@pytest.mark.parametrize("block", [512, 2048, 2 * BLOCK])
 def test_the_kernels_blocks_cannot_matter(kernel_device, block, monkeypatch):
     logits, uniform = (x.to(kernel_device) for x in some())
     whole = triton_sample(logits, uniform, temperature=0.8)

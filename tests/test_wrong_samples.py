@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from sample_checks import check_sample, exponentials, sample_cases
@@ -96,16 +98,67 @@ def the_last_of_equal_maxima(logits_BV, uniform_B, *, temperature):
     return token_B, logprob_B
 
 
+BLOCK = 400
+"""Columns of a program of those that split a row wrongly; the checker's cases have rows of one block and several."""
+
+
+def merged_blocks(logits_BV, uniform_B, *, temperature, join):
+    """A row split among programs; `join` says how the blocks' greatest scores and their places become the row's."""
+    logp_BV = logprobs(logits_BV, temperature)
+    score_BV = logp_BV - exponentials(uniform_B, logp_BV.shape[1]).log() if temperature else logp_BV
+    parts = [part.max(1) for part in score_BV.split(BLOCK, 1)]
+    best_BK, winner_BK = (torch.stack([part[i] for part in parts], 1) for i in range(2))
+    token_B1 = join(best_BK, winner_BK, torch.arange(len(parts)) * BLOCK)
+    return token_B1[:, 0], logp_BV.gather(1, token_B1)[:, 0].float()
+
+
+def blocks_merged_rightly(best_BK, winner_BK, start_K):
+    return (winner_BK + start_K).gather(1, best_BK.argmax(1, keepdim=True))
+
+
+def place_within_the_block(logits_BV, uniform_B, *, temperature):
+    def join(best_BK, winner_BK, start_K):
+        return winner_BK.gather(1, best_BK.argmax(1, keepdim=True))
+
+    return merged_blocks(logits_BV, uniform_B, temperature=temperature, join=join)
+
+
+def the_last_of_equal_blocks(logits_BV, uniform_B, *, temperature):
+    def join(best_BK, winner_BK, start_K):
+        last_B1 = best_BK.shape[1] - 1 - best_BK.flip(1).argmax(1, keepdim=True)
+        return (winner_BK + start_K).gather(1, last_B1)
+
+    return merged_blocks(logits_BV, uniform_B, temperature=temperature, join=join)
+
+
+def last_block_left_out_of_the_merge(logits_BV, uniform_B, *, temperature):
+    def join(best_BK, winner_BK, start_K):
+        whole = max(1, best_BK.shape[1] - 1)
+        return blocks_merged_rightly(best_BK[:, :whole], winner_BK[:, :whole], start_K[:whole])
+
+    return merged_blocks(logits_BV, uniform_B, temperature=temperature, join=join)
+
+
+def weights_from_each_blocks_own_maximum(logits_BV, uniform_B, *, temperature):
+    """Summed as if all blocks had the same largest logit."""
+    z_BV = logits_BV.double() / (temperature or 1.0)
+    parts = z_BV.split(BLOCK, 1)
+    total_B = sum((part - part.amax(1, keepdim=True)).exp().nan_to_num(0.0).sum(1) for part in parts)
+    token_B, _ = right(logits_BV, uniform_B, temperature=temperature)
+    return token_B, (z_BV.gather(1, token_B[:, None])[:, 0] - z_BV.amax(1) - total_B.log()).float()
+
+
 WRONG = [
     missing_last_block, phantom_columns, low_precision_race, inverse_cdf, off_by_one, one_noise_for_all_rows,
     gumbel_with_the_wrong_sign, noise_from_the_other_end, logprob_without_temperature, draw_without_temperature,
-    logprob_in_half, maximum_from_zero, the_last_of_equal_maxima,
+    logprob_in_half, maximum_from_zero, the_last_of_equal_maxima, place_within_the_block, the_last_of_equal_blocks,
+    last_block_left_out_of_the_merge, weights_from_each_blocks_own_maximum,
 ]  # fmt: skip
 
 
 def _passes(operator) -> bool:
     try:
-        for case in sample_cases(torch.float32, 400):
+        for case in sample_cases(torch.float32, BLOCK):
             check_sample(operator, case)
     except AssertionError:
         return False
@@ -119,3 +172,8 @@ def test_wrong_ones_are_rejected(wrong):
 
 def test_the_right_one_passes():
     assert _passes(right)
+
+
+def test_blocks_that_are_merged_rightly_pass():
+    for case in sample_cases(torch.float32, BLOCK):
+        check_sample(partial(merged_blocks, join=blocks_merged_rightly), case)

@@ -243,16 +243,22 @@ def whole_step(own: bool) -> Variant:
     return Variant(name, kernel, launch, types, dict(OWN=own, BLOCK=ADVANTAGE.BLOCK), exact=True)
 
 
-def sampling(dtype: str, greedy: bool) -> Variant:
-    """A token of each row of logits."""
-    kernel = SAMPLE._sample_rows
-    pointers = {"logits_ptr": "*" + dtype, "seed_ptr": "*i32", "token_ptr": "*i64"}
-    types, _ = _arguments(kernel, {**pointers, "inverse_temperature": "fp32"})
-    launch = HEAD.Launch({}, SAMPLE.WARPS, 3)
-    name = " ".join(["sample", dtype, *_marks(greedy=greedy)])
-    noise = {name: getattr(SAMPLE, name) for name in ("STRIDE", "MIX_1", "MIX_2", "ALMOST_ONE")}
-    constants = dict(GREEDY=greedy, ONE=SAMPLE.ONE, BLOCK=SAMPLE.BLOCK, **noise)
-    return Variant(name, kernel, launch, types, constants, aligned=("V", "stride"))
+def sampling(dtype: str) -> Iterator[Variant]:
+    """A token of each row of logits: the three launches, with and without a race."""
+    pointers = {"logits_ptr": "*" + dtype, "weight_ptr": "*i64", "token_ptr": "*i64"}
+    pointers |= dict.fromkeys(("seed_ptr", "first_ptr", "winner_ptr"), "*i32") | {"inverse_temperature": "fp32"}
+    constants = {n: getattr(SAMPLE, n) for n in ("STRIDE", "MIX_1", "MIX_2", "ALMOST_ONE", "ONE", "UNSOUND", "BLOCK")}
+    constants |= dict(BLOCKS=SAMPLE.padded_blocks(-(-151_936 // SAMPLE.BLOCK)))
+    parts = {"top": (SAMPLE._block_top, SAMPLE.WARPS), "race": (SAMPLE._block_race, SAMPLE.WARPS),
+             "merge": (SAMPLE._merge_blocks, SAMPLE.MERGE_WARPS)}  # fmt: skip
+    for name, (kernel, warps) in parts.items():
+        types, _ = _arguments(kernel, pointers)
+        for greedy in (False, True):
+            fixed = {n: value for n, value in {**constants, "GREEDY": greedy}.items() if n in kernel.arg_names}
+            if greedy and "GREEDY" not in fixed:
+                continue
+            label = " ".join(["sample", dtype, name, *_marks(greedy=greedy)])
+            yield Variant(label, kernel, HEAD.Launch({}, warps, 3), types, fixed, aligned=("V", "stride"))
 
 
 def attention(dtype: str, width: int) -> Variant:
@@ -313,7 +319,7 @@ def variants() -> list[Variant]:
             for advantage in ("dr_grpo", "grpo", "gdpo")
         ),
         *(whole_step(own) for own in booleans),
-        *(sampling(dtype, greedy) for dtype in BYTES for greedy in booleans),
+        *(variant for dtype in BYTES for variant in sampling(dtype)),
         *(make(dtype, width) for make in (attention, attention_merge) for dtype in BYTES for width in (64, 128, 256)),
         *(copies(dtype) for dtype in BYTES),
     ]

@@ -20,9 +20,16 @@ Measured: in 1.6 % of the tokens instead of 12.8 %, in bf16 (bench/LOG.md).
 Logprob: w_v = floor(exp((z_v - max z) / T) 2^40), the largest is 2^40. Sums of integers are exact in any order, so no
 block size can change a bit, and sum w - 2^40 is what the logprob of a confident token is made of.
 
-Bytes and FLOPs: a row is read twice, the second time from the L2 cache where the batch fits there; 16 bytes a row are
-written. Some 60 operations a logit, so memory is the floor. log_softmax, noise and argmax as operators of their own
-move [B, V] eight times or more.
+Bytes and FLOPs: a row is read twice, the second time from the L2 cache where the batch fits there; a block of 4,096
+logits leaves 24 bytes, a row 12. Some 60 operations a logit, so memory is the floor. log_softmax, noise and argmax as
+operators of their own move [B, V] eight times or more.
+
+The Triton kernels, three launches, with a program for every block of a row, so that a few rows fill a GPU as well:
+
+    _block_top      a block's largest logit, and where it stands first
+    _block_race     with the row's largest logit, which each program finds among its blocks': a block's sum of weights,
+                    and the winner of its race
+    _merge_blocks   a row's blocks together: the sum, and the first of the best winners
 """
 
 from __future__ import annotations
@@ -110,12 +117,16 @@ def _truncate(logits_BV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor
     return logits_BV.masked_fill(logits_BV < last_B1, float("-inf"))
 
 
-# --- the Triton backend: one program a row -------------------------------------------------------------------------
+# --- the Triton backend: one program a block of a row ---------------------------------------------------------------
 
-BLOCK = 2048
+BLOCK = 4096
+"""Columns of one program. It does not depend on the batch, and no bit depends on it."""
 WARPS = 8
+MERGE_WARPS = 1
 ONE = 1 << 40
 """The largest weight of a row; an integer, so that what is subtracted from a sum stays one."""
+UNSOUND = -1
+"""In place of a block's first largest logit: the block has a NaN or an inf."""
 
 
 @triton.jit
@@ -132,50 +143,75 @@ def _log_noise(seed, v_B, STRIDE: tl.constexpr, MIX_1: tl.constexpr, MIX_2: tl.c
 
 
 @triton.jit
-def _sample_rows(
-    logits_ptr, seed_ptr, token_ptr, logprob_ptr, V, stride, inverse_temperature,
-    GREEDY: tl.constexpr, ONE: tl.constexpr, STRIDE: tl.constexpr, MIX_1: tl.constexpr, MIX_2: tl.constexpr,
-    ALMOST_ONE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Two sweeps over a row: the largest logit; then the weights, and the race."""
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * stride
-    top_B = tl.full([BLOCK], float("-inf"), tl.float32)
-    first_B = tl.zeros([BLOCK], tl.int32)
-    unsound_B = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, V, BLOCK):
-        v_B = start + tl.arange(0, BLOCK)
-        z_B = tl.load(row_ptr + v_B, mask=v_B < V, other=float("-inf")).to(tl.float32)
-        unsound_B |= ((z_B != z_B) | (z_B == float("inf"))).to(tl.int32)
-        higher_B = z_B > top_B
-        first_B = tl.where(higher_B, v_B, first_B)
-        top_B = tl.where(higher_B, z_B, top_B)
-    top = tl.max(top_B)
-    sound = (tl.max(unsound_B) == 0) & (top > float("-inf"))
+def _row_top(top_ptr, first_ptr, row, blocks, BLOCKS: tl.constexpr):
+    """Of a row's blocks: the largest logit, where it stands first, and whether the row has a distribution."""
+    i_K = tl.arange(0, BLOCKS)
+    top_K = tl.load(top_ptr + row * blocks + i_K, mask=i_K < blocks, other=float("-inf"))
+    first_K = tl.load(first_ptr + row * blocks + i_K, mask=i_K < blocks, other=0x7FFFFFFF)
+    top = tl.max(top_K)
+    sound = (tl.min(first_K) >= 0) & (top > float("-inf"))
+    first = tl.min(tl.where(top_K == top, first_K, 0x7FFFFFFF))
     # Only a row without a distribution holds a NaN, which has no integer; its results are not used.
-    top = tl.where(sound, top, 0.0)
+    return tl.where(sound, top, 0.0), first, sound
 
-    seed = tl.load(seed_ptr + row)
-    w_B = tl.zeros([BLOCK], tl.int64)
-    best_B = tl.full([BLOCK], float("-inf"), tl.float32)
-    winner_B = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, V, BLOCK):
-        v_B = start + tl.arange(0, BLOCK)
-        z_B = tl.load(row_ptr + v_B, mask=v_B < V, other=float("-inf")).to(tl.float32)
-        z_B = (tl.where(z_B == z_B, z_B, 0.0) - top) * inverse_temperature
-        w_B += (tl.minimum(tl.exp(z_B), 1.0) * ONE).to(tl.int64)
-        if not GREEDY:
-            score_B = z_B - _log_noise(seed, v_B, STRIDE, MIX_1, MIX_2, ALMOST_ONE)
-            winner_B = tl.where(score_B > best_B, v_B, winner_B)
-            best_B = tl.maximum(score_B, best_B)
+
+@triton.jit
+def _block_top(logits_ptr, top_ptr, first_ptr, V, stride, UNSOUND: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: a block's largest logit and its first place."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    v_B = block * BLOCK + tl.arange(0, BLOCK)
+    z_B = tl.load(logits_ptr + row * stride + v_B, mask=v_B < V, other=float("-inf")).to(tl.float32)
+    unsound = tl.max(((z_B != z_B) | (z_B == float("inf"))).to(tl.int32))
+    top = tl.max(tl.where(z_B == z_B, z_B, float("-inf")))
+    first = tl.min(tl.where(z_B == top, v_B, V))
+    to = row * tl.num_programs(1) + block
+    tl.store(top_ptr + to, top)
+    tl.store(first_ptr + to, tl.where(unsound != 0, UNSOUND, first))
+
+
+@triton.jit
+def _block_race(
+    logits_ptr, seed_ptr, top_ptr, first_ptr, weight_ptr, best_ptr, winner_ptr, V, stride, inverse_temperature,
+    GREEDY: tl.constexpr, ONE: tl.constexpr, STRIDE: tl.constexpr, MIX_1: tl.constexpr, MIX_2: tl.constexpr,
+    ALMOST_ONE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One program: a block's sum of weights, and who wins its race."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    top, _, _ = _row_top(top_ptr, first_ptr, row, tl.num_programs(1), BLOCKS)
+    v_B = block * BLOCK + tl.arange(0, BLOCK)
+    z_B = tl.load(logits_ptr + row * stride + v_B, mask=v_B < V, other=float("-inf")).to(tl.float32)
+    z_B = (tl.where(z_B == z_B, z_B, 0.0) - top) * inverse_temperature
+    to = row * tl.num_programs(1) + block
+    tl.store(weight_ptr + to, tl.sum((tl.minimum(tl.exp(z_B), 1.0) * ONE).to(tl.int64)))
+    if not GREEDY:
+        seed = tl.load(seed_ptr + row)
+        score_B = z_B - _log_noise(seed, v_B, STRIDE, MIX_1, MIX_2, ALMOST_ONE)
+        best = tl.max(score_B)
+        tl.store(best_ptr + to, best)
+        tl.store(winner_ptr + to, tl.min(tl.where(score_B == best, v_B, V)))
+
+
+@triton.jit
+def _merge_blocks(
+    logits_ptr, top_ptr, first_ptr, weight_ptr, best_ptr, winner_ptr, token_ptr, logprob_ptr, V, stride, blocks,
+    inverse_temperature, GREEDY: tl.constexpr, ONE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One program: a row's token and its logprob."""
+    row = tl.program_id(0).to(tl.int64)
+    top, first, sound = _row_top(top_ptr, first_ptr, row, blocks, BLOCKS)
+    i_K = tl.arange(0, BLOCKS)
+    at_K, mask_K = row * blocks + i_K, i_K < blocks
     if GREEDY:
-        token = tl.min(tl.where(top_B == top, first_B, V))
+        token = first
     else:
-        token = tl.min(tl.where(best_B == tl.max(best_B), winner_B, V))
+        best_K = tl.load(best_ptr + at_K, mask=mask_K, other=float("-inf"))
+        winner_K = tl.load(winner_ptr + at_K, mask=mask_K, other=V)
+        token = tl.min(tl.where(best_K == tl.max(best_K), winner_K, V))
     token = tl.where(sound, token, 0)
-    rest = (tl.sum(w_B) - ONE).to(tl.float32) / ONE
+    rest = (tl.sum(tl.load(weight_ptr + at_K, mask=mask_K, other=0)) - ONE).to(tl.float32) / ONE
     log_total = tl.where(rest < 1, _log1p(rest), tl.log(rest + 1))
-    logprob = (tl.load(row_ptr + token).to(tl.float32) - top) * inverse_temperature - log_total
+    logit = tl.load(logits_ptr + row * stride + token).to(tl.float32)
+    logprob = (logit - top) * inverse_temperature - log_total
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(logprob_ptr + row, tl.where(sound, logprob, float("nan")))
 
@@ -190,13 +226,29 @@ def _sample_triton(
     if not B:
         return token_B, logprob_B
     rows_BV = logits_BV if logits_BV.stride(1) == 1 else logits_BV.contiguous()
+    blocks = triton.cdiv(V, BLOCK)
+    top_BK, best_BK = torch.empty(2, B, blocks, device=logits_BV.device)
+    first_BK, winner_BK = torch.empty(2, B, blocks, dtype=torch.int32, device=logits_BV.device)
+    weight_BK = torch.empty(B, blocks, dtype=torch.int64, device=logits_BV.device)
+    sizes, inverse = (V, rows_BV.stride(0)), 1 / (temperature or 1.0)
+    fixed = dict(GREEDY=not temperature, ONE=ONE, BLOCKS=padded_blocks(blocks))
+    noise_of = dict(STRIDE=STRIDE, MIX_1=MIX_1, MIX_2=MIX_2, ALMOST_ONE=ALMOST_ONE)
     with torch.cuda.device_of(logits_BV):
-        _sample_rows[(B,)](
-            rows_BV, _seeds(uniform_B), token_B, logprob_B, V, rows_BV.stride(0), 1 / (temperature or 1.0),
-            GREEDY=not temperature, ONE=ONE, STRIDE=STRIDE, MIX_1=MIX_1, MIX_2=MIX_2, ALMOST_ONE=ALMOST_ONE,
-            BLOCK=BLOCK, num_warps=WARPS,
+        _block_top[(B, blocks)](rows_BV, top_BK, first_BK, *sizes, UNSOUND=UNSOUND, BLOCK=BLOCK, num_warps=WARPS)
+        _block_race[(B, blocks)](
+            rows_BV, _seeds(uniform_B), top_BK, first_BK, weight_BK, best_BK, winner_BK, *sizes, inverse,
+            **fixed, **noise_of, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+        _merge_blocks[(B,)](
+            rows_BV, top_BK, first_BK, weight_BK, best_BK, winner_BK, token_B, logprob_B, *sizes, blocks, inverse,
+            **fixed, num_warps=MERGE_WARPS,
         )  # fmt: skip
     return token_B, logprob_B
+
+
+def padded_blocks(blocks: int) -> int:
+    """The row's blocks as a power of two that few vocabularies differ in."""
+    return max(16, triton.next_power_of_2(blocks))
 
 
 # --- the operator that torch.compile sees --------------------------------------------------------------------------
