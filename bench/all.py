@@ -63,7 +63,10 @@ def plan(out: Path, *, cuda: bool, small: bool) -> list[Part]:
     if cuda:
         if not small:
             large = (*rollout, "--student", "qwen3-0.6b", "--dtype", "bf16", "--rounds", "1", "--batches", "8", "64")
-            parts += [Part("rollout", large, 75), Part("rollout-graphs", (*large, "--graphs"), 60)]
+            parts += [
+                Part("rollout", (*large, "--graphs", "off"), 75),
+                Part("rollout-graphs", (*large, "--graphs", "on"), 60),
+            ]
         # -v: a run that is stopped says how far it came; tests whose packages are missing do not stop the others.
         flags = ("-v", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors")
         tests = Part("gpu-tests", (python, "-m", "pytest", *flags), 200)

@@ -95,6 +95,7 @@ def measure(student: Student, options: argparse.Namespace, rate: float) -> dict:
     moved = ours["decode_steps"] * weight_bytes(student) + ours["decode_kv_bytes"]
     cache = sum(x.nbytes for x in (engine.pool.keys, engine.pool.values))
     found = {**vars(options), "sampled": sampled, **middle, "cache_bytes": cache, "failed": failed}
+    found["decoding"] = engine.decoder.describe()
     found |= {"decode_bytes": moved, "of_bandwidth": moved / rate / ours["decode"] if ours["decode"] else None}
     for name in middle.keys() - {"engine"}:
         found[f"times_{name}"] = ours["tokens_per_s"] / middle[name]["tokens_per_s"]
@@ -118,7 +119,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--student", default="smollm2-135m", help=f"as train.py takes it, or {', '.join(SHAPES)}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--graphs", action="store_true", help="decode from CUDA graphs")
+    parser.add_argument(
+        "--graphs", default="auto", choices=["auto", "on", "off"], help="decode from CUDA graphs, as --cuda-graphs"
+    )
     parser.add_argument("--weights", default="merged", choices=["merged", "unmerged"], help="what is sampled from")
     sizes = dict(prompts=4, group=4, turns=2, prompt=256, new=24, result=16, rounds=3)
     notes = dict(turns="tool turns before the last one", new="tokens sampled in a turn", result="tokens injected")
@@ -132,8 +135,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="sequences at once, one measurement each; not prompts * group",
     )
     options = parser.parse_args(argv)
-    if options.graphs and not options.device.startswith("cuda"):
-        parser.error("--graphs needs a GPU")
+    if options.graphs == "on" and not options.device.startswith("cuda"):
+        parser.error("--graphs on needs a GPU")
     if min([*options.batches, *(getattr(options, name) for name in sizes if name != "turns")]) < 1 or options.turns < 0:
         parser.error("sizes and batches are at least 1, --turns at least 0")
     return options
@@ -179,7 +182,7 @@ class Split:
     def __init__(self, engine: Engine):
         self.seconds, self.decode_steps, self.decode_kv_bytes = dict.fromkeys(PARTS, 0.0), 0, 0
         self.engine, self.decoder, self._kind = engine, engine.decoder, "prefill"
-        self._before = dict(vars(self.decoder))
+        self._before = {name: vars(self.decoder).get(name) for name in ("run", "forward", "head", "draw")}
 
     def __enter__(self) -> Split:
         decoder, pool = self.decoder, self.engine.pool
@@ -204,8 +207,10 @@ class Split:
         return self
 
     def __exit__(self, *_: object) -> None:
-        vars(self.decoder).clear()
-        vars(self.decoder).update(self._before)
+        for name, value in self._before.items():
+            delattr(self.decoder, name)
+            if value is not None:
+                setattr(self.decoder, name, value)
 
     def part(self, name: str, run: Callable, *inputs):
         """As `within`, but not while a graph is recorded: nobody can wait for that."""

@@ -85,8 +85,9 @@ class Config:
     rollout_weights: Literal["auto", "merged", "unmerged"] = "auto"
     """Sample from a dense copy with the adapters merged in, or from base and adapters: slower, without the copy's
     memory. auto is merged where the copy takes under two fifths of the GPU's free memory."""
-    cuda_graphs: bool = False
-    """Play the decoding steps from CUDA graphs, one launch a step. Not yet run on a GPU."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Play the decoding steps from CUDA graphs, one launch a step: auto does where Triton's kernels run on a GPU, and
+    without where a step cannot be recorded; on makes that an error. Not yet run on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
     deterministic: bool = True

@@ -28,12 +28,14 @@ from __future__ import annotations
 
 import collections.abc as abc
 import math
+import sys
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from lite_mentor.decode import Decoder, Sampling
+from lite_mentor.decode import Decoder, GraphMode, Sampling, without_graphs
 from lite_mentor.device import memory_left
 from lite_mentor.errors import UserError
 from lite_mentor.paging import PagePool, Span, StepPlan
@@ -77,7 +79,8 @@ class Engine:
     `forward(ids_1T, positions_1T, plan) -> hidden_TH` runs the student's backbone with our attention plan;
     `head(hidden_RH) -> logits_RV` float32. `backend` is that of the kernels that attend and sample. `burst` is the most
     tokens that a sequence samples in one step: by default 8 on CUDA, where asking the host costs more than a few
-    tokens too many, and 1 elsewhere. `graphs` plays those steps from CUDA graphs.
+    tokens too many, and 1 elsewhere. `graphs` says whether those steps are played from CUDA graphs; `note`
+    (the standard error if it is None) is told when "auto" finds that they cannot be.
     """
 
     def __init__(
@@ -97,8 +100,9 @@ class Engine:
         page: int = 16,
         chunk: int = 2048,
         burst: int | None = None,
-        graphs: bool = False,
+        graphs: GraphMode = "auto",
         backend: str | None = None,
+        note: abc.Callable[[str], None] | None = None,
     ):
         self.eos_ids = frozenset(eos_ids)
         self.slots, self.context, self.chunk, self.device = slots, context, chunk, torch.device(device)
@@ -109,7 +113,7 @@ class Engine:
         self.burst = burst or (8 if self.device.type == "cuda" else 1)
         self.decoder = Decoder(
             forward, head, self.pool, width=self.pool.pages_for(context), most_steps=self.burst, graphs=graphs,
-            backend=backend,
+            backend=backend, note=note or partial(print, file=sys.stderr),
         )  # fmt: skip
         self.waiting: deque[Sequence] = deque()
         self.alive: list[Sequence] = []
@@ -131,14 +135,15 @@ class Engine:
         tokens: int | None = None,
         page: int = 16,
         burst: int | None = None,
-        graphs: bool = False,
+        graphs: GraphMode = "auto",
         backend: str | None = None,
+        note: abc.Callable[[str], None] | None = None,
     ) -> Engine:
         """An engine that samples from the student's rollout weights.
 
         Its pool takes `gib` GiB; with 0, what all slots need at their longest, but on a GPU at most nine tenths of the
-        memory that is free now, seven with graphs, whose memory comes on top. Raises UserError when not even one
-        sequence of full length fits in it.
+        memory that is free now, less what CUDA graphs may keep. Raises UserError when not even one sequence of full
+        length fits in it.
         """
         config = student.config
         heads = config.num_attention_heads
@@ -148,7 +153,8 @@ class Engine:
             token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * student.dtype.itemsize
             # One page more: the spare one.
             most = slots * context + page
-            tokens = _affordable_tokens(token_bytes, most, gib, student.device, 0.7 if graphs else 0.9) - page
+            kept = 0 if without_graphs(graphs, student.device, backend) else graph_bytes(student, slots)
+            tokens = _affordable_tokens(token_bytes, most, gib, student.device, kept) - page
             if tokens < context:
                 raise UserError(
                     f"The cache of keys and values can have {tokens * token_bytes / 2**30:.2f} GiB, room for {tokens} "
@@ -172,6 +178,7 @@ class Engine:
             burst=burst,
             graphs=graphs,
             backend=backend,
+            note=note,
         )
 
     def describe(self) -> str:
@@ -280,7 +287,8 @@ class Engine:
             steps = 1
         for s in drawing:
             s.pages += self.pool.take(self._missing(s, steps))
-        uniforms = [list(s.uniforms[len(s.ids) - s.prompt_length :][:steps]) for s in drawing]
+        first = [len(s.ids) - s.prompt_length for s in drawing]
+        uniforms = [s.uniforms[a : a + steps] for s, a in zip(drawing, first, strict=True)]
         spans = [Span(s.pages, s.shared, s.cached, len(s.ids)) for s in drawing]
         prefix = len(self.prefix_ids)
         ids = [s.ids[-1] for s in drawing]
@@ -414,12 +422,21 @@ class Engine:
         return self.decoder.forward(ids_1T, plan.positions_T[None], plan), plan.last_R
 
 
-def _affordable_tokens(token_bytes: int, most: int, gib: float, device: torch.device, share: float) -> int:
-    """As many tokens as are needed at most, or as the memory holds."""
+def graph_bytes(student: Student, slots: int) -> int:
+    """What the graphs of a decoding step may keep for what they compute in between.
+
+    They share one pool, and the largest of all is what a step makes of its logits: with top_p it sorts them, which
+    takes eight times their size. The graphs themselves take some megabytes each. An estimate, not measured on a GPU.
+    """
+    return 8 * slots * student.head_weight_VH.shape[0] * 4 + (256 << 20)
+
+
+def _affordable_tokens(token_bytes: int, most: int, gib: float, device: torch.device, kept: int) -> int:
+    """As many tokens as are needed at most, or as the memory holds; `kept` bytes of what is free are for others."""
     if gib:
         room = gib * 2**30
     elif device.type == "cuda":
-        room = share * torch.cuda.mem_get_info(device)[0]
+        room = max(0, 0.9 * torch.cuda.mem_get_info(device)[0] - kept)
     else:
         return most
     return min(most, int(room // token_bytes))

@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         context = config.longest_rollout
         engine = Engine.of(
             student, slots=64, context=context, gib=config.cache_gib, backend=config.kernel_backend,
-            graphs=config.cuda_graphs and config.device != "cpu",
+            graphs=config.cuda_graphs,
         )  # fmt: skip
         with open_sandbox(options.sandbox) as sandbox:
             if sandbox.way == "limits only":

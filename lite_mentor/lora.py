@@ -24,27 +24,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 
-def shared_inputs(layers: Sequence[LoraLayer], run: Callable[[], object]) -> list[list[LoraLayer]]:
-    """The layers that `run` calls, those together that are given the same tensor."""
-    groups: dict[int, list[LoraLayer]] = {}
-    met: list[object] = []
-
-    def note(layer: LoraLayer, inputs: tuple[torch.Tensor, ...]) -> None:
-        if layer not in met:
-            groups.setdefault(id(inputs[0]), []).append(layer)
-            met.extend((layer, inputs[0]))  # while the tensor is kept, no other one gets its id
-
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(groups.values())
-
-
 class Adapters:
-    """Takes over the forward of all layers in `groups`; the layers of a group share their input."""
+    """Takes over the forward of all layers in `groups`; those of a group read the same tensor (fused.same_input)."""
 
     def __init__(self, groups: Sequence[Sequence[LoraLayer]], dtype: torch.dtype):
         self._copies: list[torch.Tensor] = []

@@ -20,6 +20,7 @@ from mentor_kernels.backend import interpreted, resolve_head_backend
 
 from lite_mentor.attention import PackedPlan
 from lite_mentor.config import Config
+from lite_mentor.decode import without_graphs
 from lite_mentor.errors import UserError
 from lite_mentor.student import Student
 from lite_mentor.types import Batch
@@ -59,10 +60,7 @@ def check_backend(config: Config) -> None:
             f"CUBLAS_WORKSPACE_CONFIG is {workspace!r}, under which cuBLAS need not repeat its bits; unset it, or give "
             "--no-deterministic."
         )
-    if config.cuda_graphs and config.device == "cpu":
-        raise UserError("--cuda-graphs needs a GPU; leave it out on a CPU.")
-    if config.cuda_graphs and config.backend == "torch":
-        raise UserError("--cuda-graphs records Triton's attention; leave it out, or --backend torch.")
+    without_graphs(config.cuda_graphs, torch.device(config.device), config.kernel_backend)
 
 
 def logprobs(

@@ -5,15 +5,17 @@ table); a page may have several holders, and goes back to the pool when the last
 that others hold: a sequence shares full pages and copies the last, partly filled one before it writes on.
 
     L layers   B rows that decode one token   N pages of a row's table
-    P tokens of the shared prefix   T new tokens of the step   D head dimension
+    K steps of a burst   P tokens of the shared prefix   T new tokens of the step   D head dimension
 """
 
 from __future__ import annotations
 
 import collections.abc as abc
+import math
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from mentor_kernels import PagedRows, paged_attention
 
@@ -86,30 +88,103 @@ class Span(NamedTuple):
     end: int
 
 
+class Fields(NamedTuple):
+    """What the decoding steps of a burst read; int64, but for the uniforms, which are float64."""
+
+    k: Any
+    """[1], the step that comes next: 0."""
+    ids_B: Any
+    shared_B: Any
+    end_B: Any
+    positions_B: Any
+    write_B: Any
+    """Where in the pool, counted in tokens, each row's new token goes."""
+    uniform_KB: Any
+    tables_BN: Any
+
+    @classmethod
+    def of(cls, flat: torch.Tensor, rows: int, steps: int, width: int) -> Fields:
+        """Views of one block of int64. Each begins at a multiple of 128 bytes, whatever the sizes: a kernel that was
+        compiled for aligned addresses serves them all.
+        """
+        shapes = [(1,), *[(rows,)] * 5, (steps, rows), (rows, width)]
+        parts = flat.split([_aligned(math.prod(shape)) for shape in shapes])
+        fields = cls(*(part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)))
+        return fields._replace(uniform_KB=fields.uniform_KB.view(torch.float64))
+
+    @staticmethod
+    def numbers(rows: int, steps: int, width: int) -> int:
+        """Length of the block."""
+        return _aligned(1) + 5 * _aligned(rows) + _aligned(steps * rows) + _aligned(rows * width)
+
+
+def _aligned(numbers: int) -> int:
+    return -(-numbers // 16) * 16
+
+
+class RowBlock:
+    """`rows` rows that decode, with tables of `width` pages and `steps` uniforms each: on the host, and on the device.
+
+    A burst writes the host's block and sends it in one copy. A table is long, and from burst to burst it mostly stays
+    or grows at its end, so of the tables only what changed is written. Rows beyond the spans, and what a table has
+    beyond its row's pages, name the spare page. Nobody may `fill` before the device has read what was sent.
+    """
+
+    def __init__(self, pool: PagePool, rows: int, steps: int, width: int):
+        self.pool, self.rows, self.steps, self.width = pool, rows, steps, width
+        device, count = pool.keys.device, Fields.numbers(rows, steps, width)
+        self._flat = torch.zeros(count, dtype=torch.long, pin_memory=device.type == "cuda")
+        self._host = Fields(*(view.numpy() for view in Fields.of(self._flat, rows, steps, width)))
+        self._host.tables_BN[:] = pool.spare
+        self._held: list[list[int]] = [[] for _ in range(rows)]
+        """The pages that each row's table names now: copies, since the engine changes its own in place."""
+        self._sent = torch.empty(count, dtype=torch.long, device=device)
+        self.fields = Fields.of(self._sent, rows, steps, width)
+        """The device's."""
+
+    def fill(self, spans: abc.Sequence[Span], ids: abc.Sequence[int] = (), uniforms: abc.Sequence = ()) -> None:
+        """Write the host's block: of each span, the row's last token and its uniforms [rows][steps], and send it."""
+        host, page, count = self._host, self.pool.page, len(spans)
+        for r in range(self.rows):
+            self._write_table(r, spans[r].pages if r < count else [])
+        host.ids_B[: len(ids)], host.ids_B[len(ids) :] = ids, 0
+        if len(uniforms):
+            host.uniform_KB[: len(uniforms[0]), :count] = np.asarray(uniforms, dtype=np.float64).T
+        host.shared_B[:count], host.shared_B[count:] = [s.shared for s in spans], 0
+        host.end_B[:count], host.end_B[count:] = [s.end for s in spans], 1
+        host.positions_B[:] = host.end_B - 1
+        own_B = host.positions_B - host.shared_B
+        host.write_B[:] = host.tables_BN[np.arange(self.rows), own_B // page] * page + own_B % page
+        self._sent.copy_(self._flat, non_blocking=True)
+
+    def _write_table(self, r: int, pages: list[int]) -> None:
+        held = self._held[r]
+        if held == pages:
+            return
+        kept = len(held) if pages[: len(held)] == held else 0
+        row_N = self._host.tables_BN[r]
+        row_N[kept : len(pages)] = pages[kept:]
+        row_N[len(pages) : len(held)] = self.pool.spare
+        held[kept:] = pages[kept:]
+
+
 class DecodePlan:
     """Attention of rows with one new token each. It lives on the device, and `advance` moves it on to the next token.
 
-    A table may name more pages than its row fills now, so that the row can advance onto them. `rows` and `tables` fill
-    the batch up to that many rows, which read and write the spare page, and the tables up to that many pages.
+    A table may name more pages than its row fills now, so that the row can advance onto them.
     """
 
-    def __init__(
-        self, pool: PagePool, prefix: int, spans: list[Span], *, rows: int = 0, width: int = 0,
-        backend: str | None = None,
-    ):  # fmt: skip
-        device = pool.keys.device
-        self.pool, self.backend = pool, backend
-        spans = [*spans, *[Span([pool.spare], 0, 0, 1)] * (rows - len(spans))]
-        width = max([width, *(len(s.pages) for s in spans)])
-        tables = [s.pages + [pool.spare] * (width - len(s.pages)) for s in spans]
-        self.rows = PagedRows(
-            torch.tensor(tables, dtype=torch.long, device=device).view(len(spans), width),
-            torch.tensor([s.shared for s in spans], dtype=torch.long, device=device),
-            torch.tensor([s.end for s in spans], dtype=torch.long, device=device),
-            prefix,
-            pool.page,
-        )
-        self.positions_T, self.write_T = self.rows.end_B - 1, self._places()
+    def __init__(self, block: RowBlock, prefix: int, *, backend: str | None = None):
+        self.pool, self.backend, fields = block.pool, backend, block.fields
+        self.rows = PagedRows(fields.tables_BN, fields.shared_B, fields.end_B, prefix, self.pool.page)
+        self.positions_T, self.write_T = fields.positions_B, fields.write_B
+
+    @classmethod
+    def of(cls, pool: PagePool, prefix: int, spans: list[Span], *, backend: str | None = None) -> DecodePlan:
+        """Of these rows alone, for one step."""
+        block = RowBlock(pool, len(spans), 0, max((len(s.pages) for s in spans), default=0))
+        block.fill(spans)
+        return cls(block, prefix, backend=backend)
 
     def _places(self) -> torch.Tensor:
         """Where in the pool, counted in tokens, each row's new token goes."""
@@ -152,7 +227,7 @@ class StepPlan:
         self.last_R = torch.tensor(ends, device=device) - 1
         single = [r for r, s in enumerate(spans) if s.end - s.cached == 1]
         self.single_B = self.last_R[single]
-        self.decode = DecodePlan(pool, prefix, [spans[r] for r in single], backend=backend)
+        self.decode = DecodePlan.of(pool, prefix, [spans[r] for r in single], backend=backend)
         self.several = [_Several.of(pool, ends, rows) for rows in _in_calls(spans)]
 
     def attend(self, layer: int, query, key, value, *, scaling: float, window: int | None = None) -> torch.Tensor:

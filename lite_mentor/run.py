@@ -207,9 +207,10 @@ def prepare(config: Config) -> Iterator[Run]:
         context = config.longest_rollout
         engine = Engine.of(
             student, slots=slots(config), context=context, gib=config.cache_gib, backend=config.kernel_backend,
-            graphs=config.cuda_graphs,
+            graphs=config.cuda_graphs, note=log.note,
         )  # fmt: skip
         log.note(engine.describe())
+        log.note(engine.decoder.describe())
         sandbox = stack.enter_context(open_sandbox(config.sandbox))
         log.note(sandbox.note)
         yield Run(

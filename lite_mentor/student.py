@@ -34,6 +34,7 @@ from lite_mentor.assets import resolve_student, source_of
 from lite_mentor.attention import PackedPlan
 from lite_mentor.device import compute_dtype, memory_left
 from lite_mentor.errors import UserError
+from lite_mentor.fused import FusedLinear, SharedProduct, same_input
 from lite_mentor.norms import fuse_norms
 from lite_mentor.tiny import tiny_student
 
@@ -42,7 +43,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bi
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 
-from lite_mentor.lora import Adapters, dequantised, shared_inputs  # noqa: E402
+from lite_mentor.lora import Adapters, dequantised  # noqa: E402
 
 
 class Student:
@@ -75,9 +76,9 @@ class Student:
             raise UserError("The student's head has an adapter; the fused loss needs a frozen head, so leave it out.")
         self._adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         merged = rollout_weights == "merged" or (rollout_weights == "auto" and twin_fits(self.base))
-        self._rollout = RolloutWeights(self.base, merged=merged)
-        layers = [layer for _, layer in adapted_layers(self.base)]
-        self._lora = Adapters(shared_inputs(layers, self._two_tokens), self.dtype)
+        layers, groups = dict(adapted_layers(self.base)), self._same_input()
+        self._rollout = RolloutWeights(self.base, groups if merged else None)
+        self._lora = Adapters([[layers[name] for name in names] for names in groups], self.dtype)
         self.refresh_rollout_weights()
 
     @property
@@ -111,16 +112,15 @@ class Student:
         self._rollout.refresh()
         self._lora.refresh()
 
+    def _same_input(self) -> list[list[str]]:
+        """Which adapted layers read the same tensor, as a run over a few tokens shows."""
+        ids_1T, plan = torch.arange(4)[None], PackedPlan([0], [-1], 4, self.device)
+        return same_input(dict(adapted_layers(self.base)), lambda: self._forward(self.base, ids_1T, ids_1T, plan))
+
     def _forward(self, model: PreTrainedModel, ids_1T, positions_1T, plan: attention.Plan) -> torch.Tensor:
         ids_1T, positions_1T = ids_1T.to(self.device), positions_1T.to(self.device)
         out = model.base_model(input_ids=ids_1T, position_ids=positions_1T, plan=plan, use_cache=False)
         return out.last_hidden_state[0].to(self.dtype)
-
-    @torch.no_grad()
-    def _two_tokens(self) -> None:
-        """A forward of the base, to see which layers are given what."""
-        plan = PackedPlan([0], [-1], 2, self.device)
-        self._forward(self.base, torch.zeros(1, 2, dtype=torch.long), torch.arange(2)[None], plan)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -204,31 +204,41 @@ class Student:
 
 
 class RolloutWeights:
-    """What is sampled from: a dense twin of the base if `merged`, else the base with its adapters.
+    """What is sampled from: a dense twin of the base, or the base with its adapters.
 
-    The twin's adapted layers have weights of their own; all its other tensors are the base's.
+    The twin's adapted layers have weights of their own; all its other tensors are the base's. `groups` has the adapted
+    layers by name; those of one group read the same tensor, and are one product. None: no twin.
     """
 
-    def __init__(self, base: PreTrainedModel, *, merged: bool):
+    def __init__(self, base: PreTrainedModel, groups: list[list[str]] | None):
         self.model, self.layers = base, []
-        if merged:
+        if groups is not None:
             tensors = [*base.parameters(), *base.buffers()]
             self.model = copy.deepcopy(base, {id(t): t for t in tensors}).eval()
-            for name, layer in adapted_layers(base):
-                self._replace(name, layer)
+            layers = dict(adapted_layers(base))
+            for names in groups:
+                self._replace({name: layers[name] for name in names})
         head_VH = base.get_output_embeddings().weight.detach()
         # No CPU product of bf16 matrices gives float32, so there the head is kept in float32 as well.
         self.head_VH = head_VH.float() if head_VH.device.type == "cpu" else head_VH
 
-    def _replace(self, name: str, layer: LoraLayer) -> None:
-        twin = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        weight = torch.empty(
-            layer.out_features, layer.in_features, dtype=self.model.dtype, device=self.model.device
-        )  # fmt: skip
-        twin.weight = nn.Parameter(weight, requires_grad=False)
-        twin.bias = layer.get_base_layer().bias
-        self.model.set_submodule(name, twin)
-        self.layers.append((layer, weight))
+    def _replace(self, group: dict[str, LoraLayer]) -> None:
+        first, *others = group.values()
+        sizes = [layer.out_features for layer in group.values()]
+        how = dict(dtype=self.model.dtype, device=self.model.device)
+        weight = torch.empty(sum(sizes), first.in_features, **how)
+        biases = [layer.get_base_layer().bias for layer in group.values()]
+        if others:
+            filled = [torch.zeros(n, **how) if b is None else b.detach() for n, b in zip(sizes, biases, strict=True)]
+            bias = None if all(b is None for b in biases) else torch.cat(filled)
+            product = SharedProduct(weight, bias, sizes)
+            twins = [FusedLinear(product, i) for i in range(len(sizes))]
+        else:
+            twins = [nn.Linear(first.in_features, first.out_features, bias=False, device="meta")]
+            twins[0].weight, twins[0].bias = nn.Parameter(weight, requires_grad=False), biases[0]
+        for (name, layer), twin in zip(group.items(), twins, strict=True):
+            self.model.set_submodule(name, twin)
+            self.layers.append((layer, twin.weight.data))
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 FREE = {"types", "config", "errors"}  # importable from everywhere; they import nothing but each other
 ORDER = [
     "calculators", "tools", "python_tool", "tasks", "isolation", "worker", "sandbox", "judge", "prompt",
-    "assets", "attention", "tiny", "device", "lora", "norms", "student", "paging", "decode", "engine", "rollout",
-    "teacher", "teach", "reward", "batch", "loss", "optim", "soft", "sft", "checkpoint", "statistics", "evaluate",
-    "display", "log", "charts", "page", "report", "fit", "run", "label",
+    "assets", "attention", "tiny", "device", "lora", "norms", "fused", "student", "paging", "decode", "engine",
+    "rollout", "teacher", "teach", "reward", "batch", "loss", "optim", "soft", "sft", "checkpoint", "statistics",
+    "evaluate", "display", "log", "charts", "page", "report", "fit", "run", "label",
 ]  # fmt: skip
 MAY_IMPORT_KERNELS = {"attention", "loss", "reward", "student", "paging", "decode"}
 

@@ -224,10 +224,10 @@ def test_kernels_that_cannot_run_are_refused():
     with pytest.raises(UserError, match="--drop-mass is for the head's Triton kernels"):
         check_backend(dataclasses.replace(CONFIG, drop_mass=1e-3))
     check_backend(dataclasses.replace(CONFIG, drop_mass=1e-3, backend="triton"))  # in the interpreter, here
-    with pytest.raises(UserError, match="--cuda-graphs needs a GPU"):
-        check_backend(dataclasses.replace(CONFIG, cuda_graphs=True))
-    with pytest.raises(UserError, match="--cuda-graphs records Triton's attention"):
-        check_backend(dataclasses.replace(CONFIG, cuda_graphs=True, device="cuda", backend="torch"))
+    with pytest.raises(UserError, match="--cuda-graphs on needs a GPU; leave it out"):
+        check_backend(dataclasses.replace(CONFIG, cuda_graphs="on"))
+    with pytest.raises(UserError, match="--cuda-graphs on records Triton's attention, not torch's"):
+        check_backend(dataclasses.replace(CONFIG, cuda_graphs="on", device="cuda", backend="torch"))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
