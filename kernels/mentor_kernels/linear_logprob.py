@@ -348,7 +348,8 @@ def _tile_statistics(
     blocks = tl.cdiv(R, BLOCK_R)
     tile = tl.program_id(0) // blocks
     row_R = (tl.program_id(0) % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
-    col_V = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    c_V = tl.arange(0, BLOCK_V)
+    col_V = tile * BLOCK_V + c_V
     h_H = tl.arange(0, BLOCK_H)
     hidden_RH = hidden_ptr + row_R.to(tl.int64)[:, None] * hidden_stride + h_H[None, :]
     weight_HV = weight_ptr + col_V.to(tl.int64)[None, :] * weight_stride + h_H[:, None]
@@ -368,33 +369,45 @@ def _tile_statistics(
             ref_dot_RV = tl.dot(y_RH, w_HV, ref_dot_RV, input_precision="ieee")
 
     z_RV = _scaled(dot_RV, inner, outer, SOFTCAP)
-    target_R = tl.load(target_ptr + row_R, mask=row_R < R, other=-1)
-    own_RV = col_V[None, :] == target_R[:, None]
-    here_R = (target_R // BLOCK_V == tile) & (target_R >= 0) & (target_R < V) & (row_R < R)
-    tl.store(target_z_ptr + row_R, tl.sum(tl.where(own_RV, z_RV, 0.0), 1), mask=here_R)
+    # Everything for one element of the tile costs 64 instructions a thread, so columns are compared in 32 bits, and
+    # those that do not count are looked for only in a tile that has some: the last one, and those with a target.
+    columns = tl.minimum(V - tile * BLOCK_V, BLOCK_V)
+    own_R = tl.load(target_ptr + row_R, mask=row_R < R, other=-1) - tile * BLOCK_V
+    own_R = tl.where((own_R >= 0) & (own_R < columns), own_R, -1).to(tl.int32)
+    here = tl.max(own_R, 0) >= 0
     at_R = tile * R + row_R
     to_RV = row_R[:, None] * e_stride + col_V[None, :]  # a chunk has fewer than 2^31 logits: _chunk_rows
     if ref_hidden_ptr is not None:
         ref_z_RV = _scaled(ref_dot_RV, inner, outer, SOFTCAP)
         d_RV = z_RV - ref_z_RV
-        ref_z_RV = tl.where((col_V < V)[None, :], ref_z_RV, BARRED)
+        if here:
+            own_d_R = tl.sum(tl.where(c_V[None, :] == own_R[:, None], d_RV, 0.0), 1)
+            tl.store(target_d_ptr + row_R, own_d_R, mask=own_R >= 0)
+        if columns < BLOCK_V:
+            ref_z_RV = tl.where((c_V < columns)[None, :], ref_z_RV, BARRED)
         ref_m_R = tl.max(ref_z_RV, 1)
         tl.store(ref_m_ptr + at_R, ref_m_R, mask=row_R < R)
         tl.store(ref_s_ptr + at_R, tl.sum(tl.exp(ref_z_RV - ref_m_R[:, None]), 1), mask=row_R < R)
-        tl.store(target_d_ptr + row_R, tl.sum(tl.where(own_RV, d_RV, 0.0), 1), mask=here_R)
         if STORE:
             tl.store(d_ptr + to_RV, d_RV.to(d_ptr.dtype.element_ty), mask=(row_R < R)[:, None])
 
-    other_RV = (col_V < V)[None, :] & (col_V[None, :] != target_R[:, None])
-    z_RV = tl.where(other_RV, z_RV, BARRED)
+    if here:
+        own_RV = c_V[None, :] == own_R[:, None]
+        tl.store(target_z_ptr + row_R, tl.sum(tl.where(own_RV, z_RV, 0.0), 1), mask=own_R >= 0)
+        z_RV = tl.where(own_RV, BARRED, z_RV)
+    if columns < BLOCK_V:
+        z_RV = tl.where((c_V < columns)[None, :], z_RV, BARRED)
     m_R = tl.max(z_RV, 1)
-    z_RV = z_RV - m_R[:, None]
-    e_RV = tl.where(other_RV, tl.exp(z_RV), 0.0)
+    # exp(BARRED - m) is 0, so a barred column adds nothing to any sum. Only where all are barred, in a last tile of
+    # nothing but the target, would it be 1: there the shift is 0.
+    alone_R = (own_R >= 0) & (columns == 1)
+    z_RV = z_RV - tl.where(alone_R, 0.0, m_R)[:, None]
+    e_RV = tl.exp(z_RV)
     if ref_hidden_ptr is not None:
         tl.store(drift_ptr + at_R, tl.sum(e_RV * d_RV, 1), mask=row_R < R)
     tl.store(m_ptr + at_R, m_R, mask=row_R < R)
     tl.store(s_ptr + at_R, tl.sum(e_RV, 1), mask=row_R < R)
-    tl.store(a_ptr + at_R, tl.sum(tl.where(other_RV, e_RV * z_RV, 0.0), 1), mask=row_R < R)
+    tl.store(a_ptr + at_R, tl.where(alone_R, 0.0, tl.sum(e_RV * z_RV, 1)), mask=row_R < R)
     if STORE:
         tl.store(e_ptr + to_RV, e_RV.to(e_ptr.dtype.element_ty), mask=(row_R < R)[:, None])
 
