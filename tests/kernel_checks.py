@@ -64,6 +64,7 @@ def head_cases(dtype: torch.dtype, tile: int = 4096) -> list[HeadCase]:
         head_case("one tile", dtype, V=131, N=5),
         head_case("no phantom columns", dtype, V=tile, size=4.0, seed=1),
         head_case("a last tile of nothing but the target", dtype, V=tile + 1, size=4.0, seed=2),
+        head_case("the same under a softcap", dtype, V=tile + 1, size=4.0, seed=13, softcap=3.0, temperature=0.7),
         head_case("ragged last tile", dtype, V=tile + 37, size=4.0, seed=3),
         head_case("many tiles", dtype, V=5 * tile + 37, N=24, size=3.0, seed=4),
         head_case("temperature", dtype, seed=5, size=2.0, temperature=0.6),

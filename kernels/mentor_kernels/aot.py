@@ -16,12 +16,13 @@ matrix instructions, and ends with status 1 when one breaks its budget:
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mentor_kernels.backend import interpreted
+from mentor_kernels.head_launches import FLOAT32, HeadLaunches, Launch, head_candidates, launches_of
 
 # The package's attributes of these names are the operators.
 HEAD, TOPK, POLICY, ADVANTAGE, SAMPLE, PAGED, GATHER = (
@@ -138,10 +140,9 @@ def _arguments(kernel, types: dict[str, str], absent: tuple[str, ...] = ()) -> t
     return found, dict.fromkeys(absent)
 
 
-def statistics(dtype: str, *, reference: bool, softcap: bool, store: bool) -> Variant:
+def statistics(dtype: str, launch: Launch, *, reference: bool, softcap: bool, store: bool) -> Variant:
     """K1."""
     kernel = HEAD._tile_statistics
-    launch = (HEAD.SMALL_STATISTICS if reference or softcap else HEAD.STATISTICS)[BYTES[dtype]]
     absent = () if reference else ("ref_hidden_ptr", "ref_m_ptr", "ref_s_ptr", "drift_ptr", "target_d_ptr", "d_ptr")
     inputs = dict.fromkeys(("hidden_ptr", "ref_hidden_ptr", "weight_ptr", "e_ptr", "d_ptr"), "*" + dtype)
     types, none = _arguments(kernel, {**inputs, "target_ptr": "*i64", "inner": "fp32", "outer": "fp32"}, absent)
@@ -152,10 +153,10 @@ def statistics(dtype: str, *, reference: bool, softcap: bool, store: bool) -> Va
 
 
 def gradient(
-    dtype: str, *, softcap: bool, loss: bool = False, entropy: bool = False, kl: bool = False, drop: bool = False
-) -> Iterator[Variant]:
+    dtype: str, gemm: Launch, *, softcap: bool, loss: bool = False, entropy: bool = False, kl: bool = False,
+    drop: bool = False,
+) -> Iterator[Variant]:  # fmt: skip
     """K3, its GEMM and its end."""
-    gemm = HEAD.gradient_launch(BYTES[dtype], softcap, entropy or kl, drop)
     of_loss, of_entropy, of_drop = ("by_logprob_ptr",), ("by_entropy_ptr",), ("tiles_ptr", "counts_ptr")
     of_kl = ("by_kl_ptr", "d_ptr", "target_d_ptr", "level_ptr")
     given = dict.fromkeys(("e_ptr", "d_ptr", "weight_ptr", "out_ptr"), "*" + dtype)
@@ -188,7 +189,7 @@ def merges() -> Iterator[Variant]:
 
 def gathered(dtype: str) -> Iterator[Variant]:
     """Products with chosen rows of the head, and the sum of such rows."""
-    launch = HEAD.Launch(dict(BLOCK_K=TOPK.BLOCK_K, BLOCK_H=TOPK.BLOCK_H), TOPK.WARPS, 3)
+    launch = Launch(dict(BLOCK_K=TOPK.BLOCK_K, BLOCK_H=TOPK.BLOCK_H), TOPK.WARPS, 3)
     kernels = {"gathered dots": (TOPK._gathered_dots, ("hidden_ptr", "weight_ptr")),
                "gathered sum": (TOPK._gathered_sum, ("weight_ptr", "out_ptr"))}  # fmt: skip
     for name, (kernel, narrow) in kernels.items():
@@ -200,7 +201,7 @@ def gathered(dtype: str) -> Iterator[Variant]:
 def policy(loss: str, kl: str, tis: str) -> Variant:
     """The policy loss; `kl` or `tis` empty: without."""
     kernel = POLICY._policy_tokens
-    launch = HEAD.Launch({}, POLICY.WARPS, 3)
+    launch = Launch({}, POLICY.WARPS, 3)
     absent = (() if kl else ("ref_ptr",)) + (() if tis else ("behaviour_ptr",))
     numbers = dict.fromkeys(("weight", "lower", "upper", "dual", "cap", "above", "beta", "entropy_coef"), "fp32")
     types, none = _arguments(kernel, {"sequence_ptr": "*i64", **numbers}, absent)
@@ -217,7 +218,7 @@ def policy_sums() -> Variant:
     kernel = POLICY._policy_sums
     types, _ = _arguments(kernel, {"token": "fp32"})
     constants = dict(ROWS=POLICY.SUM_ROWS, COLUMNS=POLICY.COLUMNS, METRICS=len(POLICY.METRICS))
-    return Variant("policy sums", kernel, HEAD.Launch({}, POLICY.WARPS, 3), types, constants)
+    return Variant("policy sums", kernel, Launch({}, POLICY.WARPS, 3), types, constants)
 
 
 def advantages(reward: str, advantage: str) -> Variant:
@@ -230,7 +231,7 @@ def advantages(reward: str, advantage: str) -> Variant:
     constants = dict(WORDS=1, REWARD=reward, ADVANTAGE=advantage, ALIGNS=reward not in ("no_align", "sparse", "strict"),
                      NO_ANSWER=ADVANTAGE.NO_ANSWER, WRONG_KEEPS=ADVANTAGE.WRONG_KEEPS,
                      BLOCK=ADVANTAGE.BLOCK)  # fmt: skip
-    launch = HEAD.Launch({}, ADVANTAGE.WARPS, 3)
+    launch = Launch({}, ADVANTAGE.WARPS, 3)
     return Variant(f"advantage {reward} {advantage}", kernel, launch, types, {**none, **constants}, exact=True)
 
 
@@ -238,7 +239,7 @@ def whole_step(own: bool) -> Variant:
     """Advantages over the whole step."""
     kernel = ADVANTAGE._whole_step
     types, _ = _arguments(kernel, {"silent_ptr": "*i1", "group_ptr": "*i64", "eps": "fp32"})
-    launch = HEAD.Launch({}, ADVANTAGE.WARPS, 3)
+    launch = Launch({}, ADVANTAGE.WARPS, 3)
     name = "advantage, whole step " + ("gdpo" if own else "batch")
     return Variant(name, kernel, launch, types, dict(OWN=own, BLOCK=ADVANTAGE.BLOCK), exact=True)
 
@@ -258,7 +259,7 @@ def sampling(dtype: str) -> Iterator[Variant]:
             if greedy and "GREEDY" not in fixed:
                 continue
             label = " ".join(["sample", dtype, name, *_marks(greedy=greedy)])
-            yield Variant(label, kernel, HEAD.Launch({}, warps, 3), types, fixed, aligned=("V", "stride"))
+            yield Variant(label, kernel, Launch({}, warps, 3), types, fixed, aligned=("V", "stride"))
 
 
 def attention(dtype: str, width: int) -> Variant:
@@ -293,19 +294,35 @@ def _marks(**flags: bool) -> list[str]:
     return [name for name, on in flags.items() if on]
 
 
-def variants() -> list[Variant]:
+def products(dtype: str, launches: HeadLaunches) -> Iterator[Variant]:
+    """K1 and K3 in all their modes."""
+    booleans = (False, True)
+    for r, s, store in itertools.product(booleans, repeat=3):
+        yield statistics(dtype, launches.for_k1(softcap=s, reference=r), reference=r, softcap=s, store=store)
+    for loss, e, kl, s, drop in itertools.product(booleans, repeat=5):
+        if (loss or not (e or kl)) and not (kl and drop):
+            launch = launches.for_k3(softcap=s, by_column=e or kl, drop=drop)
+            yield from gradient(dtype, launch, softcap=s, loss=loss, entropy=e, kl=kl, drop=drop)
+
+
+def candidates(arch: int) -> Iterator[Variant]:
+    """Every mode of K1 and K3 under every launch that a GPU of this architecture may choose."""
+    for field in HeadLaunches._fields:
+        for launch in head_candidates(field, arch):
+            for variant in products("bf16", launches_of(arch)._replace(**{field: launch})):
+                if variant.launch is launch:
+                    sizes = "x".join(map(str, launch.blocks.values()))
+                    yield replace(variant, name=f"candidate {variant.name} {sizes}")
+
+
+def variants(arch: int) -> list[Variant]:
     """Every variant of every kernel that the operators can launch, but for sizes that are not divisible by 16."""
     booleans = (False, True)
     head = [
-        *(statistics(dtype, reference=r, softcap=s, store=t)
-          for dtype in BYTES for r in booleans for s in booleans for t in booleans),
+        *(v for dtype in BYTES for v in products(dtype, FLOAT32 if BYTES[dtype] == 4 else launches_of(arch))),
         *merges(),
-        *(variant for dtype in BYTES for s in booleans for drop in booleans
-          for variant in gradient(dtype, softcap=s, drop=drop)),
-        *(variant for dtype in BYTES for s in booleans for e in booleans for kl in booleans
-          for drop in ((False,) if kl else booleans)
-          for variant in gradient(dtype, loss=True, entropy=e, kl=kl, softcap=s, drop=drop)),
-    ]  # fmt: skip
+        *candidates(arch),
+    ]
     losses = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
     return [
         *head,
@@ -334,22 +351,21 @@ def main(argv: list[str] | None = None) -> int:
     if interpreted():
         print("error: TRITON_INTERPRET is set, so there is nothing to compile; unset it.", file=sys.stderr)
         return 2
-    chosen = [v for v in variants() if v.name.startswith(tuple(options.only))]
+    chosen = [(arch, v) for arch in options.arch for v in variants(arch) if v.name.startswith(tuple(options.only))]
     if not chosen:
         print(f"error: no variant's name starts with {' or '.join(map(repr, options.only))}.", file=sys.stderr)
         return 2
     broken = 0
     print("| kernel | sm | warps | stages | registers | spilled | shared | matrix | |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for variant in chosen:
-        for arch in options.arch:
-            built = build(variant, arch)
-            wrong = "; ".join(built.complaints())
-            broken += bool(wrong)
-            launch = variant.launch
-            print(f"| {variant.name} | {arch} | {launch.warps} | {launch.stages} | {built.registers} | {built.spilled} "
-                  f"| {built.shared} | {built.matrix} | {wrong or 'ok'} |", flush=True)  # fmt: skip
-    print(f"\n{len(chosen) * len(options.arch)} compiled, {broken} over budget; triton {triton.__version__}")
+    for arch, variant in chosen:
+        built = build(variant, arch)
+        wrong = "; ".join(built.complaints())
+        broken += bool(wrong)
+        launch = variant.launch
+        print(f"| {variant.name} | {arch} | {launch.warps} | {launch.stages} | {built.registers} | {built.spilled} "
+              f"| {built.shared} | {built.matrix} | {wrong or 'ok'} |", flush=True)  # fmt: skip
+    print(f"\n{len(chosen)} compiled, {broken} over budget; triton {triton.__version__}")
     return 1 if broken else 0
 
 

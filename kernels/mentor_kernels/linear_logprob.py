@@ -59,6 +59,7 @@ import triton.language as tl
 
 from mentor_kernels.active_tiles import active_tiles, tile_weights
 from mentor_kernels.backend import interpreted, resolve_head_backend
+from mentor_kernels.head_launches import Launch, head_launches
 
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -69,8 +70,8 @@ START = -1e30
 # The Triton backend. The width of a tile of statistics is part of the result's bits: it never depends on the path.
 STATISTICS_TILE = 128
 WORKSPACE_BYTES = 256 << 20
-# Of K3 for a block of rows. A chunk has 4 to 8 such blocks, so 256 to 512 programs run; with one for each block of the
-# hidden size alone (8 at H = 1,024) most of a large GPU would idle.
+# Of K3 for a block of rows, with 128 of the hidden size each. A chunk has 4 to 8 such blocks, so 256 to 512 programs
+# run; with one for each block of the hidden size alone (8 at H = 1,024) most of a large GPU would idle.
 PROGRAMS = 64
 
 
@@ -287,35 +288,6 @@ def _entropy_backward_torch(
 # --- the Triton backend --------------------------------------------------------------------------------------------
 
 
-class Launch(NamedTuple):
-    """Block sizes of a kernel and how it is launched."""
-
-    blocks: dict[str, int]
-    warps: int
-    stages: int
-
-
-# By bytes of an element. 128 x 128 accumulators are 64 registers a thread with 8 warps. The sizes are those that
-# compile without spills, into at most 99 KB of shared memory, for sm_80 to sm_120: `python -m mentor_kernels.aot` shows
-# it. Nothing is autotuned: results must not depend on which candidate won.
-STATISTICS = {
-    2: Launch(dict(BLOCK_R=128, BLOCK_H=32), warps=8, stages=4),
-    4: Launch(dict(BLOCK_R=64, BLOCK_H=16), warps=8, stages=2),
-}
-# For two accumulators, the policy's and its reference's; and for the tanh of a softcap.
-SMALL_STATISTICS = {
-    2: Launch(dict(BLOCK_R=64, BLOCK_H=64), warps=8, stages=3),
-    4: Launch(dict(BLOCK_R=32, BLOCK_H=32), warps=8, stages=2),
-}
-JACOBIAN = {
-    2: Launch(dict(BLOCK_R=128, BLOCK_H=128, BLOCK_V=64), warps=8, stages=3),
-    4: Launch(dict(BLOCK_R=64, BLOCK_H=64, BLOCK_V=32), warps=8, stages=2),
-}
-# What a softcap and an entropy's or KL's gradient do to p takes registers, and so does a list of tiles: fewer columns.
-GRADIENT = {
-    2: Launch(dict(BLOCK_R=128, BLOCK_H=128, BLOCK_V=32), warps=8, stages=4),
-    4: Launch(dict(BLOCK_R=64, BLOCK_H=64, BLOCK_V=32), warps=8, stages=2),
-}
 FINISH = Launch(dict(BLOCK_R=16, BLOCK_T=64), warps=4, stages=1)
 ROWS = Launch(dict(BLOCK_R=16, BLOCK_H=128), warps=4, stages=2)
 # Columns of the product that sums a row's coefficients: the least that tensor cores take, 6 % more of K3's FLOPs.
@@ -602,6 +574,8 @@ def _gradient_sums(
                 phi_RV -= by_kl_R[:, None] * (d_RV - level_R[:, None])
             p_RV = p_RV * by_R[:, None] * phi_RV
         if SOFTCAP:
+            # A tile of nothing but the target has m = BARRED, and the square would be infinite: 0 times that is NaN.
+            m_R = tl.where(m_R * slope_factor < -2, 0.0, m_R)
             tanh_RV = (log_e_RV + m_R[:, None]) * slope_factor
             p_RV = p_RV * (1 - tanh_RV * tanh_RV)
         w_ok = (v + v_V < V)[:, None]
@@ -673,13 +647,13 @@ def _gradient_rows(
     tl.store(to_RH, grad_RH.to(out_ptr.dtype.element_ty), mask=ok_RH)
 
 
-def _splits(V: int, H: int, block_h: int) -> tuple[int, int]:
+def _splits(V: int, H: int) -> tuple[int, int]:
     """(columns of a split of K3, number of splits): enough programs to fill a GPU, of 1,024 columns or more each.
 
-    They follow from the head alone, so a row's sum is the same in any batch.
+    They follow from the head alone, so a row's sum has the same parts in any batch and under any launch.
     """
     tiles = triton.cdiv(V, STATISTICS_TILE)
-    wanted = min(triton.cdiv(PROGRAMS, triton.cdiv(H, block_h)), triton.cdiv(tiles, 8))
+    wanted = min(triton.cdiv(PROGRAMS, triton.cdiv(H, 128)), triton.cdiv(tiles, 8))
     span = triton.cdiv(tiles, wanted)
     return span * STATISTICS_TILE, triton.cdiv(tiles, span)
 
@@ -761,14 +735,15 @@ def score_chunk(
     space: Workspace,
     out: Rows,
     ref_hidden_RH: torch.Tensor | None = None,
+    launch: Launch | None = None,
 ) -> None:
-    """K1 and K2; e is stored if the workspace has rows for it."""
+    """K1 and K2; e is stored if the workspace has rows for it. K1's launch is the table's (head_launches.py), or as given."""
     (R, H), V = hidden_RH.shape, head.weight_VH.shape[0]
     tiles, reference = triton.cdiv(V, STATISTICS_TILE), ref_hidden_RH is not None
     m_TR, s_TR, a_TR = _planes(space.statistics_3TR, R)
     ref_m_TR, ref_s_TR, drift_TR = _planes(space.divergence_3TR, R) if reference else (None,) * 3
     soft = head.softcap is not None
-    launch = (SMALL_STATISTICS if reference or soft else STATISTICS)[hidden_RH.element_size()]
+    launch = launch or head_launches(hidden_RH.element_size()).for_k1(softcap=soft, reference=reference)
     _tile_statistics[(triton.cdiv(R, launch.blocks["BLOCK_R"]) * tiles,)](
         hidden_RH, ref_hidden_RH, head.weight_VH, targets_R, m_TR, s_TR, a_TR, out.target_z_R, space.e_RV,
         ref_m_TR, ref_s_TR, drift_TR, out.target_d_R, space.d_RV,
@@ -791,11 +766,6 @@ def score_chunk(
         )  # fmt: skip
 
 
-def gradient_launch(itemsize: int, softcap: bool, by_column: bool, drop: bool) -> Launch:
-    """K3's: is there a softcap, do the coefficients differ by column, are tiles left out?"""
-    return (GRADIENT if softcap or by_column or drop else JACOBIAN)[itemsize]
-
-
 def gradient_chunk(
     targets_R: torch.Tensor,
     head: Head,
@@ -806,15 +776,18 @@ def gradient_chunk(
     by_entropy_R: torch.Tensor | None = None,
     by_kl_R: torch.Tensor | None = None,
     drop_mass: float = 0.0,
+    launch: Launch | None = None,
 ) -> None:
     """K3: the Jacobian of the logprobs, or with coefficients the gradient of a loss; after `score_chunk`.
 
-    A `drop_mass` leaves tiles out (active_tiles.py), not with slopes by the KL.
+    A `drop_mass` leaves tiles out (active_tiles.py), not with slopes by the KL. The GEMM's launch is the table's
+    (head_launches.py), or as given.
     """
     (V, H), (R, _) = head.weight_VH.shape, out_RH.shape
     loss, half, soft = by_logprob_R is not None, out_RH.dtype is torch.float16, head.softcap is not None
     by_column = by_entropy_R is not None or by_kl_R is not None
-    launch = gradient_launch(out_RH.element_size(), soft, by_column, drop_mass > 0)
+    if launch is None:
+        launch = head_launches(out_RH.element_size()).for_k3(softcap=soft, by_column=by_column, drop=drop_mass > 0)
     order_R = tiles_BT = counts_B = None
     if drop_mass:
         weight_TR = tile_weights(
@@ -829,7 +802,7 @@ def gradient_chunk(
     boost = (2.0**12 if loss else 2.0**15) if half else 1.0
     slope_factor = head.temperature / head.softcap if soft else 1.0
     blocks = triton.cdiv(R, launch.blocks["BLOCK_R"]) * triton.cdiv(H, launch.blocks["BLOCK_H"])
-    span, splits = _splits(V, H, launch.blocks["BLOCK_H"])
+    span, splits = _splits(V, H)
     part_SRH, total_SR = (out_RH.new_empty(shape, dtype=torch.float32) for shape in ((splits, R, H), (splits, R)))
     _gradient_sums[(blocks * splits,)](
         space.e_RV, space.statistics_3TR, head.weight_VH, rows.entropy_R, rows.top_R, rows.log_total_R, order_R,
