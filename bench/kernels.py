@@ -1,11 +1,13 @@
 """The operators against what people use instead, through one contract, side by side in one run.
 
-    python -m bench kernels [--shapes smollm2 qwen3-0.6b] [--rows 2048] [--peers all] [--choose] [--out DIR]
+    python -m bench kernels [--shapes smollm2 qwen3-0.6b] [--rows 2048] [--peers all] [--out DIR]
+    python -m bench kernels --choose [--seconds 120] [--shapes qwen3-0.6b] [--out DIR]
 
 The loss head: every candidate gets the same hidden states, head, targets and upstream gradient, which differs from row
 to row (peers.py). The policy loss and the advantages: vectors.py. A result that is wrong against float64 is listed as
 wrong and not timed. On a CPU the torch backend runs, and no Triton time is printed. On CUDA both run, and in bf16 the
-last line is what they say for HEAD_BACKENDS in mentor_kernels/backend.py; --choose leaves everything else out.
+last line is what they say for HEAD_BACKENDS in mentor_kernels/backend.py. --choose leaves everything else out, and
+first times the candidates of mentor_kernels/head_launches.py (choose.py): the line is then about the best of them.
 
 The floor is one GEMM of the head for `score` and two for a gradient, or the bytes that must move, at the rates that a
 plain GEMM and a large copy reach in the same run. Memory is what a call adds to what was there: allocated on CUDA,
@@ -16,15 +18,18 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Literal
 
 import torch
+import triton
 import tyro
+from mentor_kernels.head_launches import LAUNCHES, head_candidates, launches_of
 
-from bench import vectors
+from bench import choose, vectors
 from bench.measure import compare, copy_rate, dirty, machine, relative_error, seconds, table
 from bench.peers import Candidate, Inputs, candidates
 from lite_mentor.errors import UserError
@@ -37,6 +42,8 @@ SHAPES = {
 }
 """Hidden size and vocabulary."""
 TRITON, TORCH = "ours, triton", "ours, torch"
+SWEEP = 0.7
+"""The launches' share of --seconds; the rest is for the backends."""
 ENOUGH = 0.8
 """Of cuBLAS's speed: with it Triton is chosen, for less memory and, in `linear_policy_loss`, fewer GEMMs."""
 Mode = Literal["score", "train", "bonus"]
@@ -59,7 +66,9 @@ class Options:
     repeats: int = 7
     """Turns of each candidate; the median counts."""
     choose: bool = False
-    """Only the two backends of the head on this GPU: which one should be its default?"""
+    """Which launches of the head's kernels, and which of its two backends, should be this GPU's default? Only these."""
+    seconds: int = 120
+    """Of --choose: after so many, what is not measured yet is left out."""
     device: str = "auto"
     out: Path | None = None
     """Folder for kernels.json and kernels.md, written anew after each table."""
@@ -164,51 +173,85 @@ def main(argv: list[str]) -> None:
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.repeats < 1 or min(options.rows) < 1:
-        raise UserError("--repeats and --rows must be 1 or more.")
+    if min(options.repeats, options.seconds, *options.rows) < 1:
+        raise UserError("--repeats, --seconds and --rows must be 1 or more.")
     if options.choose and not device.startswith("cuda"):
         raise UserError("--choose needs a GPU: elsewhere the head has the torch backend alone, so drop the flag.")
     if options.choose and options.dtype != "bf16":
         raise UserError(f"--choose is about bf16, which HEAD_BACKENDS is for; drop --dtype {options.dtype}.")
+    begin = time.monotonic()
     found, versions = candidates(device, ("none",) if options.choose else options.peers)
-    operators = options.operators
-    if options.choose:
-        found, operators = {name: found[name] for name in (TRITON, TORCH)}, ("head",)
     report = Report(
         {
             "command": " ".join(["python -m bench kernels", *argv]),
             **machine(device),
+            "triton": triton.__version__,
             "dirty": dirty(),
             "threads": torch.get_num_threads(),
             "peers": versions,
         },
         options.out,
     )
-    small = [name for name in vectors.BENCHES if name in operators]
+    if options.choose:
+        choose_all(options, {name: found[name] for name in (TRITON, TORCH)}, device, report, begin)
+        return
+    small = [name for name in vectors.BENCHES if name in options.operators]
     rate = copy_rate(device, options.repeats) if small else 0.0
     for name in small:
         rows = vectors.BENCHES[name](device, options.repeats, rate)
         report.add(vectors.TITLES[name], "plain torch", rows, operator=name)
-    if "head" in operators:
+    if "head" in options.operators:
         head(options, found, device, report)
         if TRITON in found and options.dtype == "bf16":
             report.say("\n" + choice(report.results, torch.cuda.get_device_capability(device), report.about))
 
 
-def head(options: Options, found: dict[str, Candidate], device: str, report: Report) -> None:
-    """The tables of the loss head."""
+def head(options: Options, found: dict[str, Candidate], device: str, report: Report, until: float = math.inf) -> None:
+    """The tables of the loss head; those that would begin after `until` (time.monotonic) are left out."""
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     for shape in options.shapes:
         hidden, vocabulary = SHAPES[shape]
         for count in options.rows:
             inputs = make_inputs(count, hidden, vocabulary, dtype, device)
             for mode in options.modes:
+                title = f"{shape} (H = {hidden}, V = {vocabulary}), {count} rows, {options.dtype}, {mode}"
+                if report.results and time.monotonic() > until:
+                    report.say(f"{title}: no time")
+                    continue
                 report.add(
-                    f"{shape} (H = {hidden}, V = {vocabulary}), {count} rows, {options.dtype}, {mode}",
+                    title,
                     TORCH if options.choose else "all logits",
                     measure(inputs, mode, found, device, options.repeats),
                     operator="head", shape=shape, rows=count, dtype=options.dtype, mode=mode,
                 )  # fmt: skip
+
+
+def choose_all(options: Options, found: dict[str, Candidate], device: str, report: Report, begin: float) -> None:
+    """The sweep of the launches, then with the best of them the two backends, and at the end the lines to paste."""
+    capability = torch.cuda.get_device_capability(device)
+    arch = capability[0] * 10 + capability[1]
+    table = launches_of(arch)
+    problems = [
+        choose.trials(make_inputs(min(options.rows), *SHAPES[shape], torch.bfloat16, device))
+        for shape in options.shapes
+    ]
+    results = choose.sweep(
+        {field: head_candidates(field, arch) for field in choose.ORDER},
+        problems,
+        lambda run: seconds(run, device),
+        begin + SWEEP * options.seconds,
+        report.say,
+        options.repeats,
+    )
+    entry = choose.lines(results, table, capability, report.about)
+    report.say("\n" + entry)  # already now: what follows may fail or be stopped
+    del problems
+    LAUNCHES[capability] = choose.chosen(results, table)
+    options = replace(options, modes=tuple(sorted(options.modes, key=lambda mode: mode != "train")))
+    head(options, found, device, report, begin + options.seconds)
+    line = choice(report.results, capability, report.about)
+    report.say(f"\nFor LAUNCHES in mentor_kernels/head_launches.py:\n\n{entry}\n")
+    report.say(f"For HEAD_BACKENDS in mentor_kernels/backend.py:\n\n{line}")
 
 
 def choice(results: list[dict], capability: tuple[int, int], about: dict) -> str:

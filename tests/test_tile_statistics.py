@@ -106,7 +106,9 @@ def test_a_tile_has_the_bits_of_its_definition(kernel_device, kind, V, reference
         hidden, ref_hidden = torch.randint(-8, 9, (2, R, H), generator=make) / 8
         weight = torch.randint(-8, 9, (V, H), generator=make) / 8
         given = [x.to(kernel_device, dtype) for x in (hidden, ref_hidden, weight)]
-        found = by_kernel(given[0], given[1] if reference else None, given[2], targets.to(kernel_device), softcap, store)
+        found = by_kernel(
+            given[0], given[1] if reference else None, given[2], targets.to(kernel_device), softcap, store
+        )
         dots = [(x @ weight.T).numpy() for x in (hidden, ref_hidden)[: 1 + reference]]
         wanted = definition(dots, targets.numpy(), softcap, dtype)
         assert set(found) == set(wanted) - (set() if store else {"e", "d"})

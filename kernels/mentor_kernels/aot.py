@@ -307,9 +307,9 @@ def products(dtype: str, launches: HeadLaunches) -> Iterator[Variant]:
 
 def candidates(arch: int) -> Iterator[Variant]:
     """Every mode of K1 and K3 under every launch that a GPU of this architecture may choose."""
-    for field in HeadLaunches._fields:
-        for launch in head_candidates(field, arch):
-            for variant in products("bf16", launches_of(arch)._replace(**{field: launch})):
+    for kind in HeadLaunches._fields:
+        for launch in head_candidates(kind, arch):
+            for variant in products("bf16", launches_of(arch)._replace(**{kind: launch})):
                 if variant.launch is launch:
                     sizes = "x".join(map(str, launch.blocks.values()))
                     yield replace(variant, name=f"candidate {variant.name} {sizes}")

@@ -63,7 +63,7 @@ FLOAT32 = HeadLaunches(
     gradient=k3(64, 64, 32, warps=8, stages=2),
 )
 
-# float16 in the interpreter, whatever the machine.
+# float16 in the interpreter, on every machine.
 INTERPRETED = HeadLaunches(
     statistics=k1(128, 32, warps=8, stages=4),
     small_statistics=k1(64, 64, warps=8, stages=3),
@@ -71,9 +71,28 @@ INTERPRETED = HeadLaunches(
     gradient=k3(128, 128, 32, warps=8, stages=4),
 )
 
-# bfloat16 and float16, by compute capability.
+# Where products are mma.sync (8.x and 12.x). Blocks of 128 x 128 need the least traffic of what fits the registers, one
+# block of 8 warps to an SM. At most 97 KB of shared memory, so that they start on every card since sm_80: they also
+# serve those that the table does not name.
+_MMA = HeadLaunches(
+    statistics=k1(128, 32, warps=8, stages=4),  # 48 KB; 194 registers
+    small_statistics=k1(64, 64, warps=8, stages=3),  # 64 KB; two accumulators of 64 x 128; 172 registers
+    jacobian=k3(128, 128, 64, warps=8, stages=3),  # 65 KB; 254 registers
+    gradient=k3(
+        128, 128, 32, warps=8, stages=4
+    ),  # 81 KB; 220 registers: p's coefficients take those that 32 columns save
+)
+
+# bfloat16 and float16, by compute capability. None was measured, so each is what its registers and memory suggest.
 LAUNCHES: dict[tuple[int, int], HeadLaunches] = {
-    capability: INTERPRETED for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
+    (8, 0): _MMA,
+    (8, 6): _MMA,
+    (8, 9): _MMA,
+    # wgmma reads its operands from shared memory, best in rows of 128 bytes: 64 of the hidden size. K1 has 128 registers
+    # and 96 KB, so two blocks share an SM, and the exponentials of one run beside the products of the other. A fourth
+    # stage would leave room for one block.
+    (9, 0): _MMA._replace(statistics=k1(128, 64, warps=8, stages=3)),
+    (12, 0): _MMA,
 }
 
 
@@ -92,10 +111,44 @@ def launches_of(arch: int | str) -> HeadLaunches:
     return LAUNCHES.get(capability, LAUNCHES[8, 0])
 
 
-# What `bench kernels --choose` measures beside the table's, and the architectures on which each compiles without spills.
-CANDIDATES: dict[str, list[tuple[Launch, tuple[int, ...]]]] = {}
+_ALL, _LARGE, _WGMMA = (80, 86, 89, 90, 120), (80, 90), (90,)
+
+# What `bench kernels --choose` measures beside the table's, and the architectures where each compiles without spills.
+CANDIDATES: dict[str, tuple[tuple[Launch, tuple[int, ...]], ...]] = {
+    "statistics": (
+        (k1(128, 64, warps=8, stages=3), _ALL),
+        (k1(128, 32, warps=8, stages=4), _ALL),
+        (k1(64, 64, warps=4, stages=3), _ALL),  # two or three blocks an SM, for more traffic
+        (k1(64, 64, warps=8, stages=4), _ALL),
+        (k1(128, 32, warps=8, stages=3), _ALL),
+        (k1(128, 64, warps=8, stages=4), _LARGE),
+        (k1(128, 64, warps=4, stages=3), _WGMMA),
+        (k1(256, 64, warps=8, stages=3), _WGMMA),
+    ),
+    "small_statistics": (
+        (k1(64, 64, warps=8, stages=3), _ALL),
+        (k1(64, 32, warps=8, stages=4), _ALL),
+        (k1(64, 128, warps=8, stages=2), _LARGE),
+    ),
+    "jacobian": (
+        (k3(128, 128, 64, warps=8, stages=3), _ALL),
+        (k3(128, 128, 32, warps=8, stages=4), _ALL),
+        (k3(64, 256, 64, warps=8, stages=3), _ALL),
+        (k3(128, 64, 64, warps=8, stages=3), _ALL),
+        (k3(128, 128, 64, warps=8, stages=4), _LARGE),
+        (k3(128, 128, 32, warps=4, stages=4), _WGMMA),  # two blocks an SM, as for the next
+        (k3(64, 128, 64, warps=4, stages=3), _WGMMA),
+    ),
+    "gradient": (
+        (k3(128, 128, 32, warps=8, stages=4), _ALL),
+        (k3(128, 128, 32, warps=8, stages=3), _ALL),
+        (k3(64, 128, 64, warps=8, stages=3), _ALL),
+        (k3(64, 128, 32, warps=4, stages=4), _WGMMA),
+    ),
+}
 
 
 def head_candidates(field: str, arch: int) -> list[Launch]:
-    """The candidates for one field of HeadLaunches on an architecture, 86 as an example."""
-    return [launch for launch, archs in CANDIDATES.get(field, []) if arch in archs]
+    """What one field of HeadLaunches could be on an architecture, 86 as an example, beside what the table has."""
+    found = [launch for launch, archs in CANDIDATES[field] if arch in archs]
+    return [launch for launch in found if launch != getattr(launches_of(arch), field)]

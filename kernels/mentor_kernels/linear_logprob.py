@@ -737,7 +737,7 @@ def score_chunk(
     ref_hidden_RH: torch.Tensor | None = None,
     launch: Launch | None = None,
 ) -> None:
-    """K1 and K2; e is stored if the workspace has rows for it. K1's launch is the table's (head_launches.py), or as given."""
+    """K1 and K2; e is stored if the workspace has rows for it. K1's launch is as given, or head_launches.py's."""
     (R, H), V = hidden_RH.shape, head.weight_VH.shape[0]
     tiles, reference = triton.cdiv(V, STATISTICS_TILE), ref_hidden_RH is not None
     m_TR, s_TR, a_TR = _planes(space.statistics_3TR, R)
@@ -780,8 +780,8 @@ def gradient_chunk(
 ) -> None:
     """K3: the Jacobian of the logprobs, or with coefficients the gradient of a loss; after `score_chunk`.
 
-    A `drop_mass` leaves tiles out (active_tiles.py), not with slopes by the KL. The GEMM's launch is the table's
-    (head_launches.py), or as given.
+    A `drop_mass` leaves tiles out (active_tiles.py), not with slopes by the KL. The GEMM's launch is as given, or
+    head_launches.py's.
     """
     (V, H), (R, _) = head.weight_VH.shape, out_RH.shape
     loss, half, soft = by_logprob_R is not None, out_RH.dtype is torch.float16, head.softcap is not None
