@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mentor_kernels.head_launches import LAUNCHES, k1
 
 from bench import all as everything
-from bench import kernels, measure, peers
+from bench import choose, kernels, measure, peers
 from bench.__main__ import main as bench_main
 from bench.keep_rate import DROP_MASSES, keep_rate, score_and_gradient_seconds
 from lite_mentor.errors import UserError
@@ -139,16 +140,23 @@ def test_choose_measures_our_two_backends_and_ends_with_the_line(tmp_path, capsy
     monkeypatch.setattr(kernels, "measure", measure)
     monkeypatch.setattr(kernels, "make_inputs", lambda *_: None)
     monkeypatch.setattr(
-        kernels, "machine", lambda device: {"device": f"{device}: A Card", "date": "now", "commit": "c"}
+        kernels, "machine", lambda device: {"device": f"{device}: A Card", "date": "now", "commit": "c", "torch": "t"}
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(kernels, "LAUNCHES", dict(LAUNCHES))
+    faster = k1(64, 64, warps=4, stages=3)
+    monkeypatch.setattr(choose, "trials", lambda inputs: None)
+    monkeypatch.setattr(choose, "sweep", lambda *_: {"statistics": [choose.Result(faster, 0.5)]})
     flags = ["kernels", "--device", "cuda", "--shapes", "tiny", "--out", str(tmp_path)]
     assert bench_main([*flags, "--choose"]) == 0
-    assert seen == [(mode, ["ours, triton", "ours, torch"], "cuda") for mode in ("score", "train", "bonus")]
+    assert kernels.LAUNCHES[8, 6] == LAUNCHES[8, 6]._replace(statistics=faster)  # the backends are timed with it
+    assert seen == [(mode, ["ours, triton", "ours, torch"], "cuda") for mode in ("train", "score", "bonus")]
     line = '    (8, 6): "torch",  # Triton at 0.50 of cuBLAS (0.50 to 0.50 in 1 tables); cuda: A Card, now, c'
     printed = capsys.readouterr().out
     assert printed.rstrip("\n").splitlines()[-1] == line
     assert "| ours, triton | 1000 (400 to 1100) | 2.00 |" in printed
+    entry = "    (8, 6): HeadLaunches(  # cuda: A Card, "
+    assert printed.count(entry) == 2  # before the backends are measured, and to paste
     assert (tmp_path / "kernels.md").read_text().rstrip("\n").splitlines()[-1] == line
 
 

@@ -88,9 +88,9 @@ LAUNCHES: dict[tuple[int, int], HeadLaunches] = {
     (8, 0): _MMA,
     (8, 6): _MMA,
     (8, 9): _MMA,
-    # wgmma reads its operands from shared memory, best in rows of 128 bytes: 64 of the hidden size. K1 has 128 registers
-    # and 96 KB, so two blocks share an SM, and the exponentials of one run beside the products of the other. A fourth
-    # stage would leave room for one block.
+    # wgmma reads its operands from shared memory, best in rows of 128 bytes: 64 of the hidden size. K1 has 128
+    # registers and 96 KB, so two blocks share an SM, and the exponentials of one run beside the products of the other.
+    # A fourth stage would leave room for one block.
     (9, 0): _MMA._replace(statistics=k1(128, 64, warps=8, stages=3)),
     (12, 0): _MMA,
 }
@@ -120,7 +120,6 @@ CANDIDATES: dict[str, tuple[tuple[Launch, tuple[int, ...]], ...]] = {
         (k1(128, 32, warps=8, stages=4), _ALL),
         (k1(64, 64, warps=4, stages=3), _ALL),  # two or three blocks an SM, for more traffic
         (k1(64, 64, warps=8, stages=4), _ALL),
-        (k1(128, 32, warps=8, stages=3), _ALL),
         (k1(128, 64, warps=8, stages=4), _LARGE),
         (k1(128, 64, warps=4, stages=3), _WGMMA),
         (k1(256, 64, warps=8, stages=3), _WGMMA),
@@ -128,7 +127,6 @@ CANDIDATES: dict[str, tuple[tuple[Launch, tuple[int, ...]], ...]] = {
     "small_statistics": (
         (k1(64, 64, warps=8, stages=3), _ALL),
         (k1(64, 32, warps=8, stages=4), _ALL),
-        (k1(64, 128, warps=8, stages=2), _LARGE),
     ),
     "jacobian": (
         (k3(128, 128, 64, warps=8, stages=3), _ALL),
@@ -141,7 +139,6 @@ CANDIDATES: dict[str, tuple[tuple[Launch, tuple[int, ...]], ...]] = {
     ),
     "gradient": (
         (k3(128, 128, 32, warps=8, stages=4), _ALL),
-        (k3(128, 128, 32, warps=8, stages=3), _ALL),
         (k3(64, 128, 64, warps=8, stages=3), _ALL),
         (k3(64, 128, 32, warps=4, stages=4), _WGMMA),
     ),
