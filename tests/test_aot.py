@@ -31,8 +31,9 @@ def test_a_broken_budget_is_an_error():
     """Tiles of 256 columns spill, and take more shared memory than a consumer card has."""
     script = """
 import sys
-from mentor_kernels import aot
-aot.HEAD.JACOBIAN[2] = aot.HEAD.Launch(dict(BLOCK_R=128, BLOCK_H=256, BLOCK_V=128), warps=8, stages=3)
+from mentor_kernels import aot, head_launches
+large = head_launches.k3(128, 256, 128, warps=8, stages=3)
+head_launches.LAUNCHES[8, 6] = head_launches.LAUNCHES[8, 6]._replace(jacobian=large)
 sys.exit(aot.main(["--arch", "86", "--only", "K3 bf16"]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)

@@ -3,8 +3,9 @@
     python -m mentor_kernels.aot [--arch 86 ...]
 
 Triton's compiler needs no driver: the pointers' types, the constants and the target are enough. For every kernel, in
-the variants and with the launch tables that the operators use, this prints registers, spilled bytes, shared memory and
-matrix instructions, and ends with status 1 when one breaks its budget:
+the variants and with the launches that the operators use there, this prints registers, spilled bytes, shared memory and
+matrix instructions, and ends with status 1 when one breaks its budget. So it does in bf16 for the launches that a GPU
+may choose instead (`--only candidate`; head_launches.py).
 
     spills        none: a spilled accumulator is traffic that no count of bytes shows
     shared        what a thread block may have on that architecture

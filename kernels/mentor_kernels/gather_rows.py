@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 
 from mentor_kernels.backend import resolve_backend
-from mentor_kernels.linear_logprob import Launch, check_triton, wide_dtype
+from mentor_kernels.head_launches import Launch
+from mentor_kernels.linear_logprob import check_triton, wide_dtype
 
 
 @dataclass(frozen=True, eq=False)

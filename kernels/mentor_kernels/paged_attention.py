@@ -32,7 +32,8 @@ import triton
 import triton.language as tl
 
 from mentor_kernels.backend import interpreted, resolve_backend
-from mentor_kernels.linear_logprob import BARRED, START, Launch
+from mentor_kernels.head_launches import Launch
+from mentor_kernels.linear_logprob import BARRED, START
 
 
 @dataclass(eq=False)
