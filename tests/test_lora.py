@@ -185,12 +185,11 @@ def test_loaded_adapters_are_used_at_once(tmp_path, dtype):
     student = student_of(tmp_path, dtype=dtype, rollout_weights="unmerged")
     state = {name: tensor * 2 for name, tensor in student.adapter_state().items()}
     student.load_adapter_state(state)
-    row = rows("cpu")[0]
     with torch.inference_mode():
-        sampled = student.rollout_hidden(*row)
+        sampled = student.rollout_hidden(*rows("cpu")[0])
         student.refresh_rollout_weights()
     check(student)
-    assert torch.equal(sampled, student.hidden(*row))
+    assert torch.equal(sampled, student.hidden(*rows("cpu")[0]))
 
 
 def test_a_change_before_the_backward_is_refused(tmp_path):
