@@ -6,11 +6,12 @@ import sys
 from functools import partial
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 from kernel_checks import check_head, head_case, head_cases, poisoned_memory, relative_rms
 from mentor_kernels import Normaliser, PolicyLossConfig, linear_kl, linear_logprob, linear_policy_loss, policy_loss
-from mentor_kernels.backend import HEAD_BACKENDS, resolve_backend, resolve_head_backend
+from mentor_kernels.backend import HEAD_BACKENDS, interpreter_problem, resolve_backend, resolve_head_backend
 from mentor_kernels.linear_logprob import TILINGS
 from test_linear_kl import OPTIONS, check, found_and_wanted, inputs, plain_kl
 
@@ -182,3 +183,27 @@ def test_the_default_on_a_gpu_compiles_into_one_graph():
     hidden, weight, targets = (x.to("cuda") for x in (case.hidden_NH, case.weight_VH, case.targets_N))
     found = torch.compile(linear_logprob, backend="aot_eager", fullgraph=True)(hidden, weight, targets)
     assert torch.equal(found.logprob_N, linear_logprob(hidden, weight, targets).logprob_N)
+
+
+@pytest.mark.parametrize(
+    ("versions", "works"),
+    [
+        (("3.6.0", "2.3.5"), True), (("3.6.0", "2.4.0"), False), (("3.6.0+git1", "3.0.1"), False),
+        (("3.7.1", "2.4.6"), True), (("3.10.0", "2.10.0"), True), (("3.6.0", "1.26.4"), True),
+    ],
+)  # fmt: skip
+def test_an_interpreter_that_cannot_run_is_one_sentence(versions, works, monkeypatch):
+    problem = interpreter_problem(*versions)
+    assert (problem == "") == works
+    if not works:
+        assert "install triton 3.7, or numpy below 2.4" in problem
+        monkeypatch.setattr(sys.modules["mentor_kernels.backend"], "INTERPRETER_PROBLEM", problem)
+        with pytest.raises(ValueError, match=r"fails with NumPy 2\.4 and newer"):
+            resolve_backend("triton", torch.device("cpu"))
+        assert resolve_backend("torch", torch.device("cpu")) == "torch"
+
+
+def test_pytest_ends_with_that_sentence(monkeypatch):
+    monkeypatch.setattr(sys.modules["mentor_kernels.backend"], "INTERPRETER_PROBLEM", "it fails")
+    with pytest.raises(pytest.UsageError, match=r"^it fails\.$"):
+        conftest.pytest_configure()

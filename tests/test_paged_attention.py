@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from mentor_kernels import PagedRows, paged_attention
-from mentor_kernels.paged_attention import ATTEND, SPLIT
+from mentor_kernels.paged_attention import ATTEND, SPLIT, attend_launch
 from paged_checks import check_paged, paged_case, paged_cases, reference
 
 BLOCK = ATTEND[4].blocks["BLOCK"]
@@ -40,6 +40,20 @@ def test_the_kernel_against_float64(kernel_device, dtype, i):
 @pytest.mark.parametrize("i", range(len(NAMES)), ids=NAMES)
 def test_the_kernel_against_float64_in_bf16(i):
     check_paged(by_triton, paged_cases(SPLIT, BLOCK, torch.bfloat16)[i], "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("D", "window"), [(256, None), (160, None), (256, 70)])
+def test_wide_heads_against_float64(kernel_device, dtype, D, window):
+    """float32 takes fewer tokens at once there."""
+    own = [1, SPLIT - 1, SPLIT + attend_launch(dtype.itemsize, 256).blocks["BLOCK"] + 1]
+    check_paged(by_triton, paged_case("wide", own, prefix=21, D=D, window=window, dtype=dtype), kernel_device)
+
+
+def test_wide_float32_heads_have_a_launch_of_their_own():
+    """Every width up to 256 compiles without spills with Triton 3.6 and 3.7: python -m mentor_kernels.aot."""
+    assert [attend_launch(4, width).blocks["BLOCK"] for width in (64, 128, 256)] == [32, 32, 16]
+    assert [attend_launch(2, width).blocks["BLOCK"] for width in (64, 128, 256)] == [64, 64, 64]
 
 
 # --- what a row depends on -----------------------------------------------------------------------------------------

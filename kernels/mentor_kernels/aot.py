@@ -265,7 +265,7 @@ def sampling(dtype: str) -> Iterator[Variant]:
 
 def attention(dtype: str, width: int) -> Variant:
     """Attention over pages, heads of `width`."""
-    kernel, launch = PAGED._attend_split, PAGED.ATTEND[BYTES[dtype]]
+    kernel, launch = PAGED._attend_split, PAGED.attend_launch(BYTES[dtype], width)
     pointers = dict.fromkeys(("query_ptr", "keys_ptr", "values_ptr"), "*" + dtype)
     indices = dict.fromkeys(("tables_ptr", "shared_ptr", "end_ptr"), "*i64")
     types, _ = _arguments(kernel, {**pointers, **indices, "scaling": "fp32"})

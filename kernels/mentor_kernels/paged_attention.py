@@ -103,11 +103,13 @@ def _attend_torch(query_BQD, keys, values, rows: PagedRows, scaling: float, wind
 
 SPLIT = 256
 """Tokens of a sequence that one program reads."""
-# By bytes of an element: without spills for heads of up to 256, `python -m mentor_kernels.aot` shows it.
+# By bytes of an element: without spills, `python -m mentor_kernels.aot` shows it.
 ATTEND = {
     2: Launch(dict(BLOCK=64), warps=4, stages=2),
     4: Launch(dict(BLOCK=32), warps=8, stages=1),
 }
+WIDE = {**ATTEND, 4: Launch(dict(BLOCK=16), warps=8, stages=1)}
+"""For heads of more than 128; with 32 tokens, Triton 3.6 would spill there."""
 MERGE = Launch(dict(BLOCK_S=8), warps=4, stages=1)
 
 
@@ -186,6 +188,11 @@ def _merge_splits(
     tl.store(out_ptr + at * D + d_D, (sum_D / total).to(out_ptr.dtype.element_ty), mask=d_D < D)
 
 
+def attend_launch(element: int, width: int) -> Launch:
+    """For an element of so many bytes and heads of `width`, a power of two."""
+    return (WIDE if width > 128 else ATTEND)[element]
+
+
 def _attend_triton(query_BQD, keys, values, rows: PagedRows, scaling: float, window: int | None) -> torch.Tensor:
     """As `_attend_torch`, without a host sync; the keys' dtype meets the tensor cores."""
     B, heads, D = query_BQD.shape
@@ -195,7 +202,8 @@ def _attend_triton(query_BQD, keys, values, rows: PagedRows, scaling: float, win
     out_BQD = query_BQD.new_empty(B, heads, D)
     sums = query_BQD.new_empty(B, heads, splits, D, dtype=torch.float32)
     m, s = sums.new_empty(2, B, heads, splits)
-    width, launch = triton.next_power_of_2(D), ATTEND[keys.element_size()]
+    width = triton.next_power_of_2(D)
+    launch = attend_launch(keys.element_size(), width)
     with torch.cuda.device_of(keys):
         _attend_split[(B, kv_heads, splits)](
             query_BQD, keys, values, rows.tables_BN, rows.shared_B, rows.end_B, sums, m, s,
