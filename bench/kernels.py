@@ -32,6 +32,7 @@ from mentor_kernels.head_launches import LAUNCHES, head_candidates, launches_of
 from bench import choose, vectors
 from bench.measure import compare, copy_rate, dirty, machine, relative_error, seconds, table
 from bench.peers import Candidate, Inputs, candidates
+from lite_mentor.device import compute_device
 from lite_mentor.errors import UserError
 
 SHAPES = {
@@ -170,9 +171,9 @@ class Report:
 def main(argv: list[str]) -> None:
     """Print, and with --out write, a table for each operator, shape, number of rows and mode."""
     options = tyro.cli(Options, args=argv, prog="python -m bench kernels")
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = compute_device(options.device)
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(device)  # the peers launch their kernels on the current one
     if min(options.repeats, options.seconds, *options.rows) < 1:
         raise UserError("--repeats, --seconds and --rows must be 1 or more.")
     if options.choose and not device.startswith("cuda"):

@@ -25,6 +25,7 @@ from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 from bench.measure import copy_rate, machine
+from lite_mentor.device import compute_device
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.rollout import noise
 from lite_mentor.student import Student, attending_by, load_student
@@ -58,7 +59,9 @@ def main(argv: list[str]) -> None:
 
 def open_student(options: argparse.Namespace) -> Student:
     """The one that is named, or of a named shape."""
-    how = dict(quant="none", dtype=options.dtype, device=options.device, rollout_weights=options.weights)
+    how = dict(
+        quant="none", dtype=options.dtype, device=compute_device(options.device), rollout_weights=options.weights
+    )
     if options.student not in SHAPES:
         return load_student(options.student, **how)
     with tempfile.TemporaryDirectory() as folder:

@@ -349,6 +349,25 @@ def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path):
         assert sum(part.limit for part in everything.plan(tmp_path, cuda=cuda, small=False)) < 540
 
 
+@pytest.mark.parametrize("bench", ["kernels", "rollout"])
+def test_a_bench_on_a_gpu_that_is_not_there_is_a_sentence(bench, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench_main([bench, "--device", "cuda:1"]) == 2
+    assert "--device cuda:1: PyTorch sees no GPU here" in capsys.readouterr().err
+
+
+def test_a_bench_measures_the_gpu_that_it_was_given(monkeypatch):
+    """Of torch's questions about a GPU, those without a device are about the current one."""
+    asked = []
+    for name in ("synchronize", "memory_allocated", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: asked.append((name, device)) or 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the card {device}")
+    assert measure.added_bytes(lambda: None, "cuda:1") == 0
+    assert len(asked) == 5
+    assert {device for _, device in asked} == {"cuda:1"}
+    assert measure.machine("cuda:1")["device"] == "cuda:1: the card cuda:1"
+
+
 def test_without_git_a_bench_still_says_where_it_ran(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert measure.machine("cpu")["commit"] == "unknown"
