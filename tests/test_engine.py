@@ -256,6 +256,36 @@ def test_a_prefix_longer_than_the_prompt_leaves_siblings_nothing_to_share():
     assert [s.ids for s in pair] == [[1, 2, 3] + [5] * 8] * 2
 
 
+class Rationed(list):
+    """Uniforms of which nobody may copy more at once than a burst needs."""
+
+    def __getitem__(self, at):
+        got = super().__getitem__(at)
+        assert not isinstance(at, slice) or len(got) <= 2
+        return got
+
+
+def test_a_burst_copies_no_more_noise_than_it_needs():
+    e = engine(Scripted(dict.fromkeys(range(20), 5)), burst=2)
+    s = e.submit([1], Rationed([0.5] * 12))
+    run(e)
+    assert s.ids == [1] + [5] * 12
+
+
+def test_on_a_gpu_the_cache_leaves_what_graphs_keep(monkeypatch):
+    student = load_student("tiny", quant="none", dtype="fp32")
+    config, most = student.config, 8 * 338 * 4 * 4 + 2**28
+    token_bytes = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((2**28 + 2**20) * 10 / 9, 0))
+    monkeypatch.setattr(student, "device", torch.device("cuda"))
+    monkeypatch.setattr("lite_mentor.engine.Engine.__init__", lambda self, *_, **how: vars(self).update(how))
+    assert Engine.of(student, slots=4, context=30, graphs="off").tokens == 120
+    left = 2**28 + 2**20 - most
+    assert Engine.of(student, slots=4, context=30).tokens == min(120, left // token_bytes - 16)
+    with pytest.raises(UserError, match="raise --cache-gib"):
+        Engine.of(student, slots=400, context=300)
+
+
 def test_the_cache_has_the_size_that_was_asked_for(tmp_path):
     student = load_student("tiny", quant="none", dtype="fp32")
     config = student.config
