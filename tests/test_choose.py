@@ -36,13 +36,13 @@ def test_every_mode_of_every_field_is_swept(field):
     assert len(said) == len(candidates[field])
     for trial in problem[field]:
         assert f"{trial.name} 0.50 (" in said[0]
-        assert trial.run(None).isfinite().all()
+        assert trial.said().isfinite().all()
 
 
 def test_the_clock_times_the_candidate_and_the_table_in_turn():
     ran = []
-    trial = Trial("one", lambda launch: ran.append(launch) or torch.ones(2), lambda: ran.append("prepared"))
-    result, words = choose.measured(A, [trial], lambda run: run() is not None and len(ran), repeats=2)
+    trial = Trial("one", ran.append, lambda: torch.ones(2), lambda: ran.append("prepared"))
+    result, words = choose.measured(A, [trial], lambda run: run() or len(ran), repeats=2)
     assert ran == ["prepared", None, A, None, A, None, A]
     assert result.ratio == (5 + 7) / (4 + 6)
     assert words == "1.20 of the table's time: one 1.20 (same bits)"
@@ -55,7 +55,8 @@ def test_a_candidate_that_says_something_else_is_not_timed(said):
     def clock(run):
         raise AssertionError("timed")
 
-    trial = Trial("one", lambda launch: said if launch else torch.ones(2))
+    ran = []
+    trial = Trial("one", ran.append, lambda: said if ran[-1] else torch.ones(2))
     result, words = choose.measured(A, [trial], clock, repeats=1)
     assert (result.ratio, result.problem) == (math.inf, "wrong")
     assert "one is off by" in words
@@ -65,9 +66,8 @@ def test_a_candidate_that_cannot_run_is_named_and_the_rest_goes_on():
     def run(launch):
         if launch == A:
             raise RuntimeError("out of resource: shared memory\nmore")
-        return torch.ones(2)
 
-    problems = [{field: [Trial("one", run)] for field in choose.ORDER}]
+    problems = [{field: [Trial("one", run, lambda: torch.ones(2))] for field in choose.ORDER}]
     candidates = {field: [] for field in choose.ORDER} | {"statistics": [A, B]}
     said = []
     found = choose.sweep(candidates, problems * 2, ticking(1.0, 0.9), math.inf, said.append)["statistics"]
