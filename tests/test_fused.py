@@ -77,16 +77,6 @@ def test_new_adapters_reach_the_fused_layers_where_they_are(family):
     assert q.weight.data_ptr() == q._product.weight_OH.data_ptr()
 
 
-def test_a_twin_of_one_dtype_gives_the_same_without_autocast():
-    student = load_student("tiny", quant="none", dtype="bf16", lora_rank=4)
-    change(student)
-    assert student._rollout.one_dtype
-    plain = rollout(student)
-    student._rollout.one_dtype = False
-    assert torch.equal(rollout(student), plain)
-    assert not load_student("tiny", quant="none", dtype="bf16", rollout_weights="unmerged")._rollout.one_dtype
-
-
 def product(bias: bool = True) -> tuple[SharedProduct, list[FusedLinear], list[nn.Linear]]:
     torch.manual_seed(0)
     layers = [nn.Linear(8, n, bias=bias) for n in (6, 2, 4)]
