@@ -105,6 +105,8 @@ def supervised_loss(
 def sampled_hidden(student: Student, batch: Batch, backend: str | None = None) -> torch.Tensor:
     """Hidden states [N, H] from which the sampled tokens are predicted."""
     tokens = len(batch.ids_T)
+    # A program for each token would take the interpreter minutes; the bits are the torch backend's.
+    backend = None if interpreted() else backend
     plan = PackedPlan(batch.segment_starts, batch.segment_parents, tokens, student.device, backend)
     hidden_TH = student.hidden(batch.ids_T[None], batch.positions_T[None], plan)
     # A group's first tokens are all predicted by the last state of their prompt.
