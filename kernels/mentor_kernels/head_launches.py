@@ -73,7 +73,7 @@ INTERPRETED = HeadLaunches(
 
 # Where products are mma.sync (8.x and 12.x). Blocks of 128 x 128 need the least traffic of what fits the registers, one
 # block of 8 warps to an SM. At most 97 KB of shared memory, so that they start on every card since sm_80: they also
-# serve those that the table does not name.
+# serve those that the table does not name. (Shared memory and registers of the largest mode, on sm_80.)
 _MMA = HeadLaunches(
     statistics=k1(128, 32, warps=8, stages=4),  # 48 KB; 194 registers
     small_statistics=k1(64, 64, warps=8, stages=3),  # 64 KB; two accumulators of 64 x 128; 172 registers
