@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import machine
-from bench.rollout import QWEN3, SHAPES
+from bench.random_student import QWEN3, SHAPES
 from lite_mentor import lora
 from lite_mentor.norms import fuse_norms
 from lite_mentor.student import Student, load_student

@@ -88,6 +88,11 @@ def seconds(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - begin
 
 
+def median_seconds(run: Callable[[], object], device: str, repeats: int = 9) -> float:
+    """The median of single calls, after two that warm up."""
+    return statistics.median([seconds(run, device) for _ in range(repeats + 2)][2:])
+
+
 def added_bytes(run: Callable[[], object], device: str) -> int | None:
     """The most that a call adds to the memory in use; None where the system cannot say."""
     gc.collect()

@@ -25,21 +25,12 @@ from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 from bench.measure import copy_rate, machine
+from bench.random_student import SHAPES, random_student
 from lite_mentor.device import compute_device
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.rollout import noise
 from lite_mentor.student import Student, attending_by, load_student
-from lite_mentor.tiny import tiny_student
 
-SHAPES = {
-    "qwen3-0.6b": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28),
-    "qwen3-1.7b": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28),
-}
-"""Students with random weights, for machines that reach no hub: speed does not depend on the weights."""
-QWEN3 = dict(
-    architecture="qwen3", vocab_size=151_936, num_attention_heads=16, num_key_value_heads=8, head_dim=128, tied=True,
-    dtype="bfloat16",
-)  # fmt: skip
 PARTS = ("prefill", "decode", "sampling", "tools")
 
 
@@ -65,7 +56,7 @@ def open_student(options: argparse.Namespace) -> Student:
     if options.student not in SHAPES:
         return load_student(options.student, **how)
     with tempfile.TemporaryDirectory() as folder:
-        return load_student(str(tiny_student(Path(folder), **QWEN3, **SHAPES[options.student])), **how)
+        return load_student(str(random_student(Path(folder), options.student)), **how)
 
 
 def measure(student: Student, options: argparse.Namespace, rate: float) -> dict:

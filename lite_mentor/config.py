@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import tyro
-
 from lite_mentor.errors import UserError
 
 NEUTRAL = frozenset(
@@ -296,6 +294,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         default = dataclasses.replace(default, check=False, resume_anyway=False)  # of one command, not of the run
         if _value(argv, "--out"):
             raise UserError("--resume goes on in the run's own folder; leave --out away.")
+    import tyro  # here, so that what only reads settings, as the tests of the engine, does without it
+
     config = tyro.cli(Config, args=argv, default=default, prog="train.py")
     check(config)
     return config

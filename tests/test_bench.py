@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from mentor_kernels.head_launches import LAUNCHES, k1
 
-from bench import all as everything
 from bench import choose, kernels, measure, peers
 from bench.__main__ import main as bench_main
 from bench.keep_rate import DROP_MASSES, keep_rate, score_and_gradient_seconds
@@ -315,38 +312,6 @@ def test_a_stopped_run_keeps_its_finished_tables(tmp_path, monkeypatch):
 def test_a_library_without_an_adapter_is_refused(capsys):
     assert bench_main(["kernels", "--peers", "unknown-package", "--device", "cpu"]) == 2
     assert "--peers unknown-package" in capsys.readouterr().err
-
-
-def test_all_benches_by_one_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("LITE_MENTOR_CACHE", str(tmp_path / "cache"))
-    out = tmp_path / "out"
-    assert bench_main(["all", "--small", "--out", str(out), "--parts", "kernels", "step"]) == 0
-    assert {p.name for p in out.iterdir()} >= {"kernels", "kernels.txt", "step.txt", "summary.md", "summary.json"}
-    assert [part["status"] for part in json.loads((out / "summary.json").read_text())["parts"]] == [0, 0]
-    assert bench_main(["all", "--out", str(out)]) == 2
-    assert "already holds files" in capsys.readouterr().err
-
-
-LEAVES = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
-"""A part that ends before a process that it started."""
-
-
-def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path):
-    fails = everything.Part("fails", (sys.executable, "-c", "print('why'); raise SystemExit(3)"), 60)
-    hangs = everything.Part("hangs", (sys.executable, "-c", "import time; time.sleep(60)"), 1)
-    leaves = everything.Part("leaves", (sys.executable, "-c", LEAVES), 60)
-    assert everything.run(leaves, tmp_path)["status"] == 0
-    left = f"/proc/{(tmp_path / 'leaves.txt').read_text().strip()}/exe"
-    limit = time.monotonic() + 30  # of the 60 that it would live: a kill takes its time
-    while os.path.exists(left):
-        assert time.monotonic() < limit
-    absent = everything.Part("absent", ("/nonexistent/program",), 1)
-    found = [everything.run(part, tmp_path)["status"] for part in (fails, hangs, absent)]
-    assert found[:2] == [3, "stopped after 1 s"]
-    assert "could not start" in found[2]
-    assert (tmp_path / "fails.txt").read_text() == "why\n"
-    for cuda in (True, False):
-        assert sum(part.limit for part in everything.plan(tmp_path, cuda=cuda, small=False)) < 540
 
 
 @pytest.mark.parametrize("bench", ["kernels", "rollout"])

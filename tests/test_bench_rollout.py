@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from bench import agreement, rollout
+from bench import agreement, random_student, rollout
 from bench.__main__ import main as bench_main
 from bench.rollout import PARTS, main, weight_bytes
 from lite_mentor.engine import Engine, Sampling
@@ -110,7 +110,7 @@ def test_one_measurement_for_each_batch(capsys, monkeypatch):
 
 def test_a_shape_is_a_student_with_random_weights(monkeypatch):
     monkeypatch.setitem(rollout.SHAPES, "small", dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2))
-    monkeypatch.setitem(rollout.QWEN3, "vocab_size", 400)
+    monkeypatch.setitem(random_student.QWEN3, "vocab_size", 400)
     options = rollout.parse(["--student", "small", "--device", "cpu", "--dtype", "fp32", "--weights", "unmerged"])
     student = rollout.open_student(options)
     assert student.head_weight_VH.shape == (400, 64)
