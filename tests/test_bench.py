@@ -144,6 +144,7 @@ def test_choose_measures_our_two_backends_and_ends_with_the_line(tmp_path, capsy
     faster = k1(64, 64, warps=4, stages=3)
     monkeypatch.setattr(choose, "trials", lambda inputs: None)
     monkeypatch.setattr(choose, "sweep", lambda *_: {"statistics": [choose.Result(faster, 0.5)]})
+    monkeypatch.setattr(kernels, "compute_device", lambda requested: requested)
     flags = ["kernels", "--device", "cuda", "--shapes", "tiny", "--out", str(tmp_path)]
     assert bench_main([*flags, "--choose"]) == 0
     assert kernels.LAUNCHES[8, 6] == LAUNCHES[8, 6]._replace(statistics=faster)  # the backends are timed with it
@@ -161,7 +162,8 @@ def test_choose_measures_our_two_backends_and_ends_with_the_line(tmp_path, capsy
     ("flags", "match"),
     [(["--device", "cpu"], "--choose needs a GPU"), (["--device", "cuda", "--dtype", "fp32"], "drop --dtype fp32")],
 )
-def test_where_there_is_nothing_to_choose(flags, match, capsys):
+def test_where_there_is_nothing_to_choose(flags, match, capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "compute_device", lambda requested: requested)
     assert bench_main(["kernels", "--choose", *flags]) == 2
     assert match in capsys.readouterr().err
 

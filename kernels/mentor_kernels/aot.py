@@ -64,10 +64,10 @@ class Variant:
     """Must it use the tensor cores?"""
     registers: int | None = None
     """The limit that the launch sets."""
-    exact: bool = False
-    """Must each operation be rounded once? Then multiplications and additions are not fused either."""
     aligned: tuple[str, ...] = field(default=())
     """Integer arguments that are divisible by 16, as they are for every model's sizes."""
+    exact: bool = False
+    """Must each operation be rounded once? Then multiplications and additions are not fused either."""
 
 
 @dataclass(frozen=True)
