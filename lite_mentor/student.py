@@ -6,7 +6,7 @@
 
 The base is never written to. The twin is computed afresh from the frozen base and the float32 adapters after every
 update, never un-merged, so nothing accumulates and rollouts cannot drift. Where the twin does not fit, base and
-adapters themselves are sampled from ("unmerged"): nothing to refresh, but three products a layer instead of one.
+adapters themselves are sampled from ("unmerged"): little to refresh, but three products a layer instead of one.
 """
 
 from __future__ import annotations
