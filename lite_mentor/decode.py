@@ -36,11 +36,11 @@ def without_graphs(mode: GraphMode, device: torch.device, backend: str | None) -
     """
     if mode == "off":
         return "--cuda-graphs off"
-    why = "needs a GPU" if device.type != "cuda" else ""
+    why = "they need a GPU" if device.type != "cuda" else ""
     if not why and resolve_backend(backend, device) != "triton":
-        why = "records Triton's attention, not torch's"
+        why = "they record Triton's attention, not torch's"
     if why and mode == "on":
-        raise UserError(f"--cuda-graphs on {why}; leave it out.")
+        raise UserError(f"--cuda-graphs on: {why}; leave it out.")
     return why
 
 

@@ -33,6 +33,13 @@ def test_flags_override_single_fields_of_the_preset():
     assert config.student == PRESETS["tiny"].student
 
 
+def test_cuda_graphs_are_decided_by_the_machine_unless_given():
+    assert {config.cuda_graphs for config in PRESETS.values()} == {"auto"}
+    assert parse(["--cuda-graphs", "off"]).cuda_graphs == "off"
+    with pytest.raises(SystemExit):
+        parse(["--cuda-graphs"])
+
+
 def test_without_flags_it_is_the_quick_preset():
     assert parse([]) == PRESETS["quick"]
 

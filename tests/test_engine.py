@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lite_mentor.decode import without_graphs
 from lite_mentor.engine import Engine, Sampling, common_prefix
 from lite_mentor.errors import UserError
 from lite_mentor.student import load_student
@@ -254,6 +255,27 @@ def test_a_prefix_longer_than_the_prompt_leaves_siblings_nothing_to_share():
     assert not set(pair[0].pages) & set(pair[1].pages)
     run(e)
     assert [s.ids for s in pair] == [[1, 2, 3] + [5] * 8] * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "mode", "why"),
+    [
+        ("cpu", None, "auto", "they need a GPU"),
+        ("cpu", None, "off", "--cuda-graphs off"),
+        ("cuda:1", "torch", "auto", "they record Triton's attention, not torch's"),
+        ("cuda", None, "off", "--cuda-graphs off"),
+        ("cuda", None, "auto", ""),
+        ("cuda:1", "triton", "on", ""),
+    ],
+)
+def test_where_decoding_has_graphs(device, backend, mode, why):
+    assert without_graphs(mode, torch.device(device), backend) == why
+
+
+def test_a_decoder_says_whether_it_has_graphs():
+    assert engine(Scripted({})).decoder.describe() == "decoding without CUDA graphs: they need a GPU"
+    with pytest.raises(UserError, match="--cuda-graphs on: they need a GPU; leave it out"):
+        engine(Scripted({}), graphs="on")
 
 
 class Rationed(list):

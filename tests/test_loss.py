@@ -224,9 +224,9 @@ def test_kernels_that_cannot_run_are_refused():
     with pytest.raises(UserError, match="--drop-mass is for the head's Triton kernels"):
         check_backend(dataclasses.replace(CONFIG, drop_mass=1e-3))
     check_backend(dataclasses.replace(CONFIG, drop_mass=1e-3, backend="triton"))  # in the interpreter, here
-    with pytest.raises(UserError, match="--cuda-graphs on needs a GPU; leave it out"):
+    with pytest.raises(UserError, match="--cuda-graphs on: they need a GPU; leave it out"):
         check_backend(dataclasses.replace(CONFIG, cuda_graphs="on"))
-    with pytest.raises(UserError, match="--cuda-graphs on records Triton's attention, not torch's"):
+    with pytest.raises(UserError, match="--cuda-graphs on: they record Triton's attention, not torch's"):
         check_backend(dataclasses.replace(CONFIG, cuda_graphs="on", device="cuda", backend="torch"))
 
 

@@ -180,6 +180,7 @@ def test_check_proves_that_the_fullest_row_fits_and_changes_nothing(tmp_path, ca
     text = capsys.readouterr().out
     assert "the GPU is not seen (auto)" in text
     assert "the fullest row" in text
+    assert "CUDA graphs" in text  # whether decoding has them
     assert "fits" in text
     assert not (tmp_path / "check" / "metrics.jsonl").read_text()
 
