@@ -78,9 +78,8 @@ _MMA = HeadLaunches(
     statistics=k1(128, 32, warps=8, stages=4),  # 48 KB; 194 registers
     small_statistics=k1(64, 64, warps=8, stages=3),  # 64 KB; two accumulators of 64 x 128; 172 registers
     jacobian=k3(128, 128, 64, warps=8, stages=3),  # 65 KB; 254 registers
-    gradient=k3(
-        128, 128, 32, warps=8, stages=4
-    ),  # 81 KB; 220 registers: p's coefficients take those that 32 columns save
+    # 81 KB; 220 registers: what columns have of their own takes those that fewer columns save
+    gradient=k3(128, 128, 32, warps=8, stages=4),
 )
 
 # bfloat16 and float16, by compute capability. None was measured, so each is what its registers and memory suggest.
