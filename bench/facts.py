@@ -44,9 +44,17 @@ def versions(device: str) -> dict:
         free, total = torch.cuda.mem_get_info()
         found |= {"card": card.name, "sm": f"{card.major}{card.minor}", "multiprocessors": card.multi_processor_count}
         found |= {"cuda": torch.version.cuda, "free_gib": free / 2**30, "total_gib": total / 2**30}
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        found["driver"] = _driver()
     return found
+
+
+def _driver() -> str | None:
+    """Its version, where the program that knows it is installed."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return None
 
 
 def rates(device: str) -> dict:
