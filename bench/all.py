@@ -32,8 +32,9 @@ TRAINS = ("tyro", "jsonschema", "bm25s")
 CARDS = ("8gb", "12gb", "16gb", "24gb")
 """Presets that are named after a card."""
 FIRST_TESTS = (
-    "no_sync", "exactness", "linear_kernels", "tile_statistics", "active_tiles", "head_backends", "linear_kl",
-    "linear_topk", "teachers_loss", "paged_attention", "sample", "policy_loss", "group_advantage",
+    "no_sync", "exactness", "varlen", "gather_rows", "linear_kernels", "tile_statistics", "active_tiles",
+    "head_backends", "linear_kl", "linear_topk", "teachers_loss", "paged_attention", "sample", "policy_loss",
+    "group_advantage", "loss",
 )  # fmt: skip
 """Test files that are run before the others: what everything stands on."""
 

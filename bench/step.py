@@ -51,6 +51,8 @@ def table(middle: dict[str, float]) -> str:
     }
     lines = ["| stage | s | share | tokens/s |", "|---|---|---|---|"]
     for stage in STAGES:
+        if f"time/{stage}" not in middle:  # no tool was called
+            continue
         seconds = middle[f"time/{stage}"]
         rate = f"{tokens[stage] / seconds:.0f}" if tokens.get(stage) else ""
         lines.append(f"| {stage} | {seconds:.2f} | {seconds / middle['time/step']:.0%} | {rate} |")

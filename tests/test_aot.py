@@ -50,8 +50,8 @@ def test_what_is_compared_for_equality_is_computed_exactly():
     script = """
 import dataclasses, sys
 from mentor_kernels import aot
-(merge,) = [v for v in aot.variants() if v.name == "attention merge fp32 64"]
-aot.variants = lambda: [dataclasses.replace(merge, exact=True)]
+(merge,) = [v for v in aot.variants(90) if v.name == "attention merge fp32 64"]
+aot.variants = lambda arch: [dataclasses.replace(merge, exact=True)]
 sys.exit(aot.main(["--arch", "90"]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mentor_kernels.head_launches import LAUNCHES, k1
 
-from bench import choose, kernels, measure, peers
+from bench import choose, kernels, measure, peers, step
 from bench.__main__ import main as bench_main
 from bench.keep_rate import DROP_MASSES, keep_rate, score_and_gradient_seconds
 from lite_mentor.errors import UserError
@@ -31,6 +31,13 @@ def test_the_step_bench_prints_a_table_and_its_json(tmp_path, capsys, monkeypatc
     assert [line.split("|")[1].strip() for line in lines[header + 2 : header + 7]] == [
         "rollout", "tools", "score", "update", "step",
     ]  # fmt: skip
+
+
+def test_a_step_in_which_no_tool_was_called_has_a_table():
+    row = {f"time/{stage}": 2.0 for stage in step.STAGES} | {"tokens/sampled": 8, "memory/peak": 2**30}
+    del row["time/tools"]
+    assert "| rollout | 2.00 | 100% | 4 |" in step.table(row)
+    assert "tools" not in step.table(row)
 
 
 def test_the_keep_rate_and_its_error(tmp_path, capsys, monkeypatch):

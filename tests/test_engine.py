@@ -300,11 +300,12 @@ def test_on_a_gpu_the_cache_leaves_what_graphs_keep(monkeypatch):
     token_bytes = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((2**28 + 2**20) * 10 / 9, 0))
     monkeypatch.setattr(student, "device", torch.device("cuda"))
+    monkeypatch.setattr("lite_mentor.engine.memory_left", lambda device: "A Card has 7.1 GiB.")
     monkeypatch.setattr("lite_mentor.engine.Engine.__init__", lambda self, *_, **how: vars(self).update(how))
     assert Engine.of(student, slots=4, context=30, graphs="off").tokens == 120
     left = 2**28 + 2**20 - most
     assert Engine.of(student, slots=4, context=30).tokens == min(120, left // token_bytes - 16)
-    with pytest.raises(UserError, match="raise --cache-gib"):
+    with pytest.raises(UserError, match="raise --cache-gib.*A Card has 7.1 GiB"):
         Engine.of(student, slots=400, context=300)
 
 
