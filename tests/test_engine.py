@@ -305,7 +305,7 @@ def test_on_a_gpu_the_cache_leaves_what_graphs_keep(monkeypatch):
     assert Engine.of(student, slots=4, context=30, graphs="off").tokens == 120
     left = 2**28 + 2**20 - most
     assert Engine.of(student, slots=4, context=30).tokens == min(120, left // token_bytes - 16)
-    with pytest.raises(UserError, match="raise --cache-gib.*A Card has 7.1 GiB"):
+    with pytest.raises(UserError, match=r"raise --cache-gib.*A Card has 7.1 GiB"):
         Engine.of(student, slots=400, context=300)
 
 
