@@ -2,6 +2,7 @@
 
     sample    a token of each row of logits, as the engine draws it
     paged     attention of decoding rows over pages of keys and values
+    tables    a burst's tables of pages on the host: as nested lists, and as they are patched
     decode    a whole decoding step of the engine, from a CUDA graph and without one: wall clock, GPU, launches
     layer     a decoder layer at the width of a packed row, without attention: with adapters, without, its bare products
 
@@ -27,6 +28,7 @@ from bench.facts import decoding, rates
 from bench.measure import machine, median_seconds
 from bench.random_student import random_student
 from bench.rollout import weight_bytes
+from lite_mentor.paging import PagePool, RowBlock, Span
 from lite_mentor.student import Student, load_student
 
 SMALL = dict(
@@ -74,6 +76,37 @@ def paged(device: str, ceilings: Ceilings) -> Iterator[dict]:
             "what": "paged attention", "rows": B, "own": own, "prefix": prefix, "us": 1e6 * seconds,
             "of_bandwidth": moved / seconds / ceilings.bytes,
         }  # fmt: skip
+
+
+def tables(device: str, ceilings: Ceilings) -> Iterator[dict]:
+    """128 rows of as many pages as the presets modern and paper have; host time, and the copy to the device."""
+    rows, steps, page = 128, 8, 16
+    pool = PagePool(layers=1, pages=1, page=page, kv_heads=1, head_dim=1, device=device, dtype=torch.float32)
+    for width in (224, 608):
+        held = [[r * width + i for i in range(width - 8)] for r in range(rows)]
+        ids, uniforms, block = [1] * rows, [[0.5] * steps] * rows, RowBlock(pool, rows, steps, width)
+
+        def spans(held=held) -> list[Span]:
+            return [Span(pages, 0, len(pages) * page - 8, len(pages) * page - 7) for pages in held]
+
+        def nested(spans=spans, width=width) -> None:
+            torch.tensor([s.pages + [pool.spare] * (width - len(s.pages)) for s in spans()], device=device)
+
+        def patch(change=lambda: None, block=block, spans=spans, ids=ids, uniforms=uniforms) -> None:
+            change()
+            block.fill(spans(), ids, uniforms)
+
+        def grow(held=held) -> None:
+            for pages in held[::2]:
+                pages[-1] += 1
+
+        patch()
+        ways = {
+            "nested_lists": nested, "unchanged": patch, "half_end_elsewhere": lambda p=patch, g=grow: p(g),
+            "all_moved": lambda p=patch, h=held: p(lambda: h.append(h.pop(0))),
+        }  # fmt: skip
+        us = {name: 1e6 * median_seconds(run, device) for name, run in ways.items()}
+        yield {"what": "tables", "rows": rows, "pages": width, "us": us}
 
 
 def student_of(device: str, layers: int | None, **options: object) -> Student:
@@ -171,7 +204,7 @@ def layer(device: str, ceilings: Ceilings) -> Iterator[dict]:
     yield {"what": "layer", "tokens": tokens, "ms": ms, "floor_ms": {"forward": floor, "both": 2 * floor}}
 
 
-PARTS = {"sample": sampling, "paged": paged, "decode": decode, "layer": layer}
+PARTS = {"sample": sampling, "paged": paged, "tables": tables, "decode": decode, "layer": layer}
 
 
 def main(argv: list[str]) -> None:
