@@ -93,7 +93,8 @@ def test_the_kernels_bench_times_what_is_right_and_lists_what_is_not(tmp_path, c
         rows = {row["candidate"]: row for row in head if row["mode"] == mode}
         assert rows["ours, torch"]["seconds"] > 0
         assert rows["ours, torch"]["error"] < (1e-4 if mode == "score" else 4e-3) < rows["all logits"]["error"]
-    assert rows["F.linear_cross_entropy"]["problem"] == "gives no entropy"
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):  # a newer PyTorch has it
+        assert rows["F.linear_cross_entropy"]["problem"] == "gives no entropy"
 
 
 def timed(by_triton: list[float | str], by_torch: list[float | str]) -> list[dict]:
