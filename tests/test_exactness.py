@@ -219,8 +219,9 @@ BROKEN = [
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU records real graphs")
-@pytest.mark.parametrize(("error", "reason"), BROKEN, ids=["not permitted", "memory"])
-@pytest.mark.parametrize("good", [0, 2])
+@pytest.mark.parametrize(
+    ("error", "reason", "good"), [(*BROKEN[0], 0), (*BROKEN[1], 2)], ids=["at once", "after two graphs"]
+)
 def test_where_no_graph_can_be_recorded_nothing_changes(student, monkeypatch, error, reason, good):
     graphs_anywhere(monkeypatch, Breaks(error, good))
     notes = []
