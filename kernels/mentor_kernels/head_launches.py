@@ -140,7 +140,6 @@ CANDIDATES: dict[str, tuple[tuple[Launch, tuple[int, ...]], ...]] = {
         (k3(128, 128, 32, warps=8, stages=4), _ALL),
         (k3(128, 64, 32, warps=8, stages=4), (80, 86, 89, 90)),
         (k3(128, 128, 32, warps=8, stages=3), (120,)),
-        (k3(64, 128, 64, warps=8, stages=3), _WGMMA),
         (k3(64, 128, 32, warps=4, stages=4), _WGMMA),
     ),
 }
