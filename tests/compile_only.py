@@ -13,6 +13,7 @@ was compiled. Works with pytest-xdist.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -99,6 +100,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Stand-ins for the driver, for launches, and for what would wait for a GPU."""
     from mentor_kernels import backend
     from mentor_kernels.aot import SHARED_BYTES
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ImportError):
+        patch.setattr(torch.cuda, "is_available", _is_available)
+        import bitsandbytes  # noqa: F401  - it loads other code where there is a GPU, and PyTorch for CPUs lacks that
 
     architecture = config.getoption("--compile-for")
     driver.set_active(Driver(architecture))

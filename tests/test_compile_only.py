@@ -63,8 +63,9 @@ def compile_only(*arguments: str, cwd: Path = ROOT) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_a_few_of_the_gpu_tests_compile():
-    """One of each operator, as the tests launch them: AOT's list has the sizes that training uses."""
-    status, said = compile_only("tests/test_no_sync.py", "-k", "no_operator_waits", "--durations=0")
+    """One of each operator, as the tests launch them: AOT's list has the sizes that training uses; and the engine."""
+    files, names = ("tests/test_no_sync.py", "tests/test_exactness.py"), "no_operator_waits or draw_the_same"
+    status, said = compile_only(*files, "-k", names)
     assert status == 0, said
     assert ", 0 failed; nothing was launched" in said
     assert "broke off" not in said
