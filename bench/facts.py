@@ -155,7 +155,7 @@ def varlen_equals_mask(device: str) -> dict:
 
 def gradients(device: str) -> dict:
     """Does the same row give the same loss and the same gradients twice, to the bit? Else how far apart they are."""
-    from lite_mentor.loss import batch_loss
+    from lite_mentor.loss import backward, batch_loss
 
     student, batch, config = _tiny_update(device)
 
@@ -163,7 +163,7 @@ def gradients(device: str) -> dict:
         for parameter in student.trainable():
             parameter.grad = None
         loss = batch_loss(student, batch, config).loss
-        loss.backward()
+        backward(loss, config)
         return [loss.detach(), *(p.grad.clone() for p in student.trainable())]
 
     first, second = once(), once()
@@ -187,7 +187,7 @@ def _tiny_update(device: str):
 
 def waits(device: str) -> dict:
     """How often the host waits for the GPU: in a burst of decoding, and in a row of an update."""
-    from lite_mentor.loss import batch_loss
+    from lite_mentor.loss import backward, batch_loss
 
     if device != "cuda":
         raise UserError("only a GPU's host waits")
@@ -196,7 +196,7 @@ def waits(device: str) -> dict:
     return {
         "burst": _waits_in(engine.step),
         "steps_in_a_burst": engine.burst,
-        "row": _waits_in(lambda: batch_loss(student, batch, config).loss.backward()),
+        "row": _waits_in(lambda: backward(batch_loss(student, batch, config).loss, config)),
     }
 
 
