@@ -100,7 +100,7 @@ def test_the_choice(results, launch):
 
 
 def test_the_lines_are_an_entry_of_the_table():
-    gradient = k3(64, 128, 64, warps=8, stages=3)
+    gradient = k3(64, 128, 32, warps=4, stages=4)
     found = {"statistics": [Result(A, 0.9), Result(B, 0.8)], "gradient": [Result(gradient, 1.3)], "jacobian": []}
     text = choose.lines(found, TABLE, (8, 6), ABOUT)
     assert eval("{" + text + "\n}") == {(8, 6): TABLE._replace(statistics=B)}

@@ -58,8 +58,8 @@ class HeadLaunches(NamedTuple):
 # float32, on every architecture: no tensor cores, so the sizes matter less.
 FLOAT32 = HeadLaunches(
     statistics=k1(64, 16, warps=8, stages=2),
-    small_statistics=k1(32, 32, warps=8, stages=2),
-    jacobian=k3(64, 64, 32, warps=8, stages=2),
+    small_statistics=k1(64, 16, warps=8, stages=2),
+    jacobian=k3(64, 64, 32, warps=4, stages=2),
     gradient=k3(64, 64, 32, warps=8, stages=2),
 )
 
