@@ -59,10 +59,11 @@ def _row_bytes(student: Student, config: Config) -> float:
     try:
         prove_fit(student, config)
     except UserError:  # out of memory, which is what was asked
-        return math.inf
-    finally:
-        torch.cuda.empty_cache()
-    return torch.cuda.max_memory_allocated(student.device) - before
+        fits = False
+    else:
+        fits = True
+    torch.cuda.empty_cache()  # after the exception, which holds the tensors of its frames
+    return torch.cuda.max_memory_allocated(student.device) - before if fits else math.inf
 
 
 def prove_fit(student: Student, config: Config) -> str:

@@ -209,6 +209,24 @@ def test_on_a_gpu_half_of_the_free_memory_is_a_rows(monkeypatch):
     assert asked == [OnCuda.device]
 
 
+def test_a_row_that_runs_out_of_memory_needs_more_than_there_is(student, monkeypatch):
+    def full(*_):
+        raise UserError("A row does not fit")
+
+    peaks = iter([7 << 20, 9 << 20])
+    emptied = []
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: next(peaks))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    monkeypatch.setattr(fit, "prove_fit", lambda *_: "fits")
+    assert fit._row_bytes(student, CONFIG) == 2 << 20
+    peaks = iter([7 << 20])
+    monkeypatch.setattr(fit, "prove_fit", full)
+    assert fit._row_bytes(student, CONFIG) == math.inf
+    assert len(emptied) == 2
+
+
 @pytest.mark.gpu
 def test_a_rows_memory_is_measured_and_given_back(student):
     there = load_student("tiny", quant="none", dtype="fp32", device="cuda")
