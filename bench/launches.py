@@ -100,6 +100,7 @@ class NoAttention(torch.autograd.Function):
 
 @torch.no_grad()
 def reference(student: Student, *row) -> None:
+    """The forward with the adapters off."""
     with student.reference():
         student.hidden(*row)
 

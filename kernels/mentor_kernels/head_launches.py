@@ -32,10 +32,12 @@ class Launch(NamedTuple):
 
 
 def k1(rows: int, hidden: int, *, warps: int, stages: int) -> Launch:
+    """A launch of K1, on blocks of so many rows and, in its loop, of the hidden size."""
     return Launch(dict(BLOCK_R=rows, BLOCK_H=hidden), warps, stages)
 
 
 def k3(rows: int, hidden: int, columns: int, *, warps: int, stages: int) -> Launch:
+    """A launch of K3, on blocks of so many rows, of the hidden size and, in its loop, of the vocabulary."""
     return Launch(dict(BLOCK_R=rows, BLOCK_H=hidden, BLOCK_V=columns), warps, stages)
 
 
