@@ -102,7 +102,7 @@ def cold_start(run: Run) -> None:
     labels = " and a larger model's soft labels of them" if c.soft_labels else ""
     run.log.note(f"cold start: {c.sft_steps} supervised steps on {c.sft_steps * c.sft_batch} teacher records{labels}")
     chosen = run.examples[: c.sft_steps * c.sft_batch]
-    rollouts = sft.teacher_rollouts(run.chat, chosen, run.teacher, run.student.eos_ids[0], c)
+    rollouts = sft.teacher_rollouts(run.chat, chosen, run.teacher, c)
     optimizer = make_optimizer(run.student.trainable(), c)
     for metrics in sft.cold_start(run.student, optimizer, rollouts, c, run.guard):
         run.log.step(metrics)

@@ -202,12 +202,12 @@ def main(argv: list[str]) -> None:
     from bench.measure import machine
 
     cuda = torch.cuda.is_available() and not options.small
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that no stage outlives this process
     with tempfile.TemporaryDirectory(prefix="lite-mentor-bench-") as folder:
         work = Path(folder)
         lanes = chosen(on_a_gpu(work) if cuda else on_a_cpu(work, small=options.small), options.parts)
         about = {"command": " ".join(["python -m bench all", *argv]), **machine("cuda" if cuda else "cpu")}
         programme = Programme(options.out, work, about, begin + options.seconds)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that no stage outlives this process
         for group in lanes.values():
             programme.run(group)
     failed = [outcome.stage for outcome in programme.outcomes if outcome.failed]

@@ -166,7 +166,7 @@ def more_supervision(run: Run, cold: Path) -> Iterator[int]:
 
 
 def _supervised(run: Run, examples, config: Config) -> Iterator[int]:
-    records = sft.teacher_rollouts(run.chat, examples, run.teacher, run.student.eos_ids[0], config)
+    records = sft.teacher_rollouts(run.chat, examples, run.teacher, config)
     optimizer = make_optimizer(run.student.trainable(), config)
     began = time.monotonic()
     for metrics in sft.cold_start(run.student, optimizer, records, config, run.guard):

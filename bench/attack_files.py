@@ -135,7 +135,7 @@ def check_records(case: dict[str, str], folder: Path) -> None:
             assert record.sha256 == hashlib.sha256(_canonical(bare)).hexdigest()
             assert all(call.status in CALL_STATUSES for call in record.calls)
             assert -3 <= strict_reward(record.calls, record.calls, boxed=True) <= 4
-            rollout = teacher_rollout(_chat(), make_example("x", ["3"], calculator_tools(), suite="x"), record, 257)
+            rollout = teacher_rollout(_chat(), make_example("x", ["3"], calculator_tools(), suite="x"), record)
             assert len(rollout.ids) == len(rollout.sampled) > rollout.prompt_length
 
 

@@ -201,9 +201,9 @@ def _stream(rng: Random) -> list[int]:
             ids += [rng.randrange(400) for _ in range(rng.randrange(8))]
         elif how < 0.6:
             raw = hostile.call(rng, calculator_tools())
-            ids += prompt.Chat.turn_ids(chats()["tiny"], f"{CALL_OPEN}{raw[:90]}{CALL_CLOSE}", END)
+            ids += chats()["tiny"].turn_ids(f"{CALL_OPEN}{raw[:90]}{CALL_CLOSE}")
         else:
-            ids += chats()["tiny"].turn_ids(f"{hostile.text(rng, 2)[:30]} \\boxed{{{rng.choice(hostile.MATHS)}}}", END)
+            ids += chats()["tiny"].turn_ids(f"{hostile.text(rng, 2)[:30]} \\boxed{{{rng.choice(hostile.MATHS)}}}")
         if rng.random() < 0.2:
             ids.insert(rng.randrange(len(ids) + 1), rng.choice((END, END - 1)))
     return ids[:120]

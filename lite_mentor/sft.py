@@ -34,10 +34,10 @@ def support(rollouts: Sequence[Rollout]) -> float:
 
 
 def teacher_rollouts(
-    chat: Chat, examples: Sequence[Example], teacher: Mapping[str, TeacherRecord], end_id: int, config: Config
+    chat: Chat, examples: Sequence[Example], teacher: Mapping[str, TeacherRecord], config: Config
 ) -> list[Rollout]:
     """The records of these examples as the cold start reads them. UserError for one that no packed row can hold."""
-    found = [teacher_rollout(chat, e, teacher[e.key], end_id, config.max_result_tokens) for e in examples]
+    found = [teacher_rollout(chat, e, teacher[e.key], config.max_result_tokens) for e in examples]
     for rollout in found:
         if 0 < config.micro_tokens < len(rollout.ids) - 1:
             raise UserError(
@@ -47,9 +47,7 @@ def teacher_rollouts(
     return found
 
 
-def teacher_rollout(
-    chat: Chat, example: Example, record: TeacherRecord, end_id: int, max_result_tokens: int = 256
-) -> Rollout:
+def teacher_rollout(chat: Chat, example: Example, record: TeacherRecord, max_result_tokens: int = 256) -> Rollout:
     """A teacher's trajectory as the student's template would hold it; assistant tokens are marked as sampled."""
     ids = chat.prompt_ids(example)
     prompt_length = len(ids)
@@ -63,7 +61,7 @@ def teacher_rollout(
             suffix = chat.result_ids(results)
             ids, sampled, results = ids + suffix, sampled + [False] * len(suffix), []
         if message["role"] == "assistant":
-            turn = chat.turn_ids(message["content"], end_id)
+            turn = chat.turn_ids(message["content"])
             ids, sampled = ids + turn, sampled + [True] * len(turn)
     return Rollout(
         example_key=example.key,

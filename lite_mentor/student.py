@@ -49,8 +49,9 @@ from lite_mentor.lora import Adapters, dequantised  # noqa: E402
 class Student:
     """A causal language model whose adapters learn; everything else is frozen.
 
-    `model` is the PEFT model, `config` the text model's configuration, `eos_ids` every id that ends an assistant turn,
-    `softcap` and `logit_scale` how the head's products become logits: softcap(logit_scale * hidden @ head.T).
+    `model` is the PEFT model, `config` the text model's configuration, `eos_ids` the tokens that its files name as an
+    end (its chat template may close turns by another, Chat.end_id), `softcap` and `logit_scale` how the head's products
+    become logits: softcap(logit_scale * hidden @ head.T).
     """
 
     def __init__(
@@ -455,6 +456,4 @@ def _logit_shape(config) -> tuple[float | None, float]:
 def _eos_ids(model: PreTrainedModel, tokenizer) -> tuple[int, ...]:
     generation = model.generation_config.eos_token_id if model.generation_config else None
     ids = [tokenizer.eos_token_id, *(generation if isinstance(generation, list) else [generation])]
-    if ids == [None, None]:
-        raise UserError(f"The tokenizer of {tokenizer.name_or_path} names no end-of-turn token; set its eos_token.")
     return tuple(dict.fromkeys(i for i in ids if i is not None))

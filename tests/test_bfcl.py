@@ -154,7 +154,7 @@ def test_it_is_not_trained_on_and_unknown_categories_are_refused():
 def evaluated(example: Example, text: str, *, closed: bool = True) -> int:
     """Is a student right who says exactly `text`, through our engine and `evaluate`?"""
     prompt = CHAT.prompt_ids(example)
-    script = [*prompt, *CHAT.turn_ids(text, END)[: None if closed else -1], *[ord("~")] * 400]
+    script = [*prompt, *CHAT.turn_ids(text)[: None if closed else -1], *[ord("~")] * 400]
 
     def forward(ids_1T, positions_1T, plan):
         return F.one_hot(torch.tensor([script[p + 1] for p in positions_1T[0].tolist()]), 512).float()

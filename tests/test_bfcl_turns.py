@@ -399,8 +399,8 @@ def evaluated(example: Example, sandbox: Sandbox, calls, *, closing: str = "\\bo
     for one in calls:
         raw = render_call(one["name"], one["arguments"])
         done.append(run(raw, example, done))
-        script = [*script, *CHAT.turn_ids(f"<tool_call>{raw}</tool_call>", END), *CHAT.result_ids([done[-1].result])]
-    script = [*script, *CHAT.turn_ids(closing, END)]
+        script = [*script, *CHAT.turn_ids(f"<tool_call>{raw}</tool_call>"), *CHAT.result_ids([done[-1].result])]
+    script = [*script, *CHAT.turn_ids(closing)]
     length = len(script) - len(prompt) - int(cut)
     script += [ord("~")] * 400
 

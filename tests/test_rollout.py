@@ -24,13 +24,20 @@ END = 257
 ADD = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>'
 
 
-def play(turns: list[str], results: list[str], *, closed: bool = True, group_size: int = 1, **limits):
-    """Roll out a student who says exactly `turns`; between them the loop injects `results`."""
+def play(
+    turns: list[str], results: list[str], *, closed: bool = True, group_size: int = 1, eos: int = END,
+    ends_in: int = END, **limits,
+):  # fmt: skip
+    """Roll out a student who says exactly `turns`; between them the loop injects `results`.
+
+    `eos` is what the model's files call its end, `ends_in` what the student says after a turn with a call.
+    """
     script = list(PROMPT)
     for i, turn in enumerate(turns):
         last = i == len(turns) - 1
-        script += CHAT.turn_ids(turn, END)[: None if closed or not last else -1]
+        script += CHAT.turn_ids(turn)[: None if closed or not last else -1]
         if i < len(results):
+            script[-1:] = [ends_in] if ends_in == END else [ends_in, END]
             script += CHAT.result_ids([results[i]])
     script += [ord("~")] * 400  # a student cut off or badly predicted babbles on
 
@@ -38,7 +45,7 @@ def play(turns: list[str], results: list[str], *, closed: bool = True, group_siz
         return F.one_hot(torch.tensor([script[p + 1] for p in positions_1T[0].tolist()]), 512).float()
 
     engine = Engine(
-        forward, lambda h: h * 100, layers=1, kv_heads=1, head_dim=1, eos_ids=[END], slots=4, context=len(PROMPT) + 200
+        forward, lambda h: h * 100, layers=1, kv_heads=1, head_dim=1, eos_ids=[eos], slots=4, context=len(PROMPT) + 200
     )
     defaults = dict(max_turns=3, max_new_tokens=150, max_prompt_tokens=300)
     rollouts = roll_out(
@@ -52,13 +59,25 @@ def play(turns: list[str], results: list[str], *, closed: bool = True, group_siz
 
 def test_a_call_its_result_and_the_answer():
     (r,) = play([ADD, "It is \\boxed{5}"], ["5"])
-    call, result, answer = CHAT.turn_ids(ADD, END), CHAT.result_ids(["5"]), CHAT.turn_ids("It is \\boxed{5}", END)
+    call, result, answer = CHAT.turn_ids(ADD), CHAT.result_ids(["5"]), CHAT.turn_ids("It is \\boxed{5}")
     assert r.ids.tolist() == PROMPT + call + result + answer
     mask = [False] * len(PROMPT) + [True] * len(call) + [False] * len(result) + [True] * len(answer)
     assert r.sampled.tolist() == mask
     assert (r.stop, r.answer, r.turns, r.prompt_length) == ("answer", "5", 2, len(PROMPT))
     assert [(c.name, dict(c.arguments), c.status, c.result) for c in r.calls] == [("add", {"a": 2, "b": 3}, "ok", "5")]
     assert r.finished
+
+
+@pytest.mark.parametrize("ends_in", [END, 256])
+def test_a_turn_ends_where_the_template_closes_it_or_where_the_model_names_its_end(ends_in):
+    """Where eos_token is not what closes a turn (Gemma 3, Phi), a turn that ended in it is closed all the same."""
+    (r,) = play([ADD, "It is \\boxed{5}"], ["5"], eos=256, ends_in=ends_in)
+    call, result, answer = CHAT.turn_ids(ADD)[:-1], CHAT.result_ids(["5"]), CHAT.turn_ids("It is \\boxed{5}")
+    end, follows = [ends_in], [] if ends_in == END else [END]
+    assert r.ids.tolist() == PROMPT + call + end + follows + result + answer
+    lengths = (False, PROMPT), (True, call + end), (False, follows + result), (True, answer)
+    assert r.sampled.tolist() == [mark for mark, ids in lengths for _ in ids]
+    assert (r.stop, r.answer) == ("answer", "5")
 
 
 def test_several_calls_in_one_turn_come_back_together():
@@ -118,7 +137,7 @@ def test_cut_off_in_the_middle_of_a_call_does_not_run_it():
 def test_a_long_result_is_cut_by_tokens_where_the_student_sees_it():
     (r,) = play([ADD, "It is \\boxed{5}"], ["5"], max_result_tokens=1)
     assert [c.result for c in r.calls] == ["5"]
-    refused = CHAT.turn_ids('<tool_call>{"name": "sum", "arguments": {}}</tool_call>', END)
+    refused = CHAT.turn_ids('<tool_call>{"name": "sum", "arguments": {}}</tool_call>')
     text = "Error:... [34 more tokens]"  # of "Error: there is no tool 'sum'. The tools are add."
     (r,) = play([CHAT.decode(refused[:-1]), "no"], [text], max_result_tokens=6)
     assert [c.result for c in r.calls] == [text]
@@ -126,7 +145,7 @@ def test_a_long_result_is_cut_by_tokens_where_the_student_sees_it():
 
 
 def test_a_result_that_does_not_fit_ends_the_episode():
-    spoken = len(CHAT.turn_ids(ADD, END))
+    spoken = len(CHAT.turn_ids(ADD))
     (r,) = play([ADD], [], max_new_tokens=spoken + 3)
     assert (r.stop, len(r.calls), len(r.ids)) == ("context_full", 1, len(PROMPT) + spoken)
 
@@ -143,7 +162,7 @@ def test_a_prompt_over_the_limit_is_one_sentence():
 
 def side_by_side(run_call_of):
     """Two episodes of one group, each of which calls once and then answers; `run_call_of(engine)` runs the calls."""
-    script = [*PROMPT, *CHAT.turn_ids(ADD, END), *CHAT.result_ids(["5"]), *CHAT.turn_ids("\\boxed{5}", END)]
+    script = [*PROMPT, *CHAT.turn_ids(ADD), *CHAT.result_ids(["5"]), *CHAT.turn_ids("\\boxed{5}")]
     script += [ord("~")] * 400
 
     def forward(ids_1T, positions_1T, plan):

@@ -42,11 +42,10 @@ def fresh():
 
 
 def test_a_record_is_the_conversation_with_the_assistants_tokens_marked(examples):
-    student, chat = fresh()
-    end = student.eos_ids[0]
-    rollout = sft.teacher_rollout(chat, examples[0], record(examples[0]), end)
-    prompt, call = chat.prompt_ids(examples[0]), chat.turn_ids(CALL, end)
-    result, answer = chat.result_ids(["3"]), chat.turn_ids("\\boxed{3}", end)
+    _, chat = fresh()
+    rollout = sft.teacher_rollout(chat, examples[0], record(examples[0]))
+    prompt, call = chat.prompt_ids(examples[0]), chat.turn_ids(CALL)
+    result, answer = chat.result_ids(["3"]), chat.turn_ids("\\boxed{3}")
     assert rollout.ids.tolist() == prompt + call + result + answer
     mask = [False] * len(prompt) + [True] * len(call) + [False] * len(result) + [True] * len(answer)
     assert rollout.sampled.tolist() == mask
@@ -55,7 +54,7 @@ def test_a_record_is_the_conversation_with_the_assistants_tokens_marked(examples
 
 def test_the_loss_is_the_mean_over_all_rows_however_they_are_packed(examples):
     student, chat = fresh()
-    rollouts = [sft.teacher_rollout(chat, e, record(e), student.eos_ids[0]) for e in examples[:4]]
+    rollouts = [sft.teacher_rollout(chat, e, record(e)) for e in examples[:4]]
     one = sum(supervised_loss(student, b).item() for b in pack(rollouts, [0.0] * 4, 2000))
     four = sum(supervised_loss(student, b).item() for b in pack(rollouts, [0.0] * 4, 200))
     assert one == pytest.approx(four, rel=1e-5)
@@ -65,7 +64,7 @@ def test_the_loss_is_the_mean_over_all_rows_however_they_are_packed(examples):
 def test_it_learns_and_the_same_again(examples):
     def run() -> tuple[list[float], torch.Tensor]:
         student, chat = fresh()
-        rollouts = [sft.teacher_rollout(chat, e, record(e), student.eos_ids[0]) for e in examples]
+        rollouts = [sft.teacher_rollout(chat, e, record(e)) for e in examples]
         optimizer = make_optimizer(student.trainable(), CONFIG)
         steps = sft.cold_start(student, optimizer, rollouts, CONFIG, Guard(Path("unused"), print))
         return [metrics["loss"] for metrics in steps], torch.cat([p.detach().flatten() for p in student.trainable()])
@@ -78,7 +77,7 @@ def test_it_learns_and_the_same_again(examples):
 
 def test_a_record_that_breaks_the_loss_is_named_and_three_in_a_row_end_it(examples, tmp_path, monkeypatch):
     student, chat = fresh()
-    rollouts = [sft.teacher_rollout(chat, e, record(e), student.eos_ids[0]) for e in examples[:4]]
+    rollouts = [sft.teacher_rollout(chat, e, record(e)) for e in examples[:4]]
     rollouts[1].ids[rollouts[1].prompt_length + 1] = bell = 7  # a byte that no other record has
     before = torch.cat([p.detach().flatten().clone() for p in student.trainable()])
 
@@ -96,8 +95,8 @@ def test_a_record_that_breaks_the_loss_is_named_and_three_in_a_row_end_it(exampl
 
 
 def test_support_counts_episodes_in_which_a_call_worked(examples):
-    student, chat = fresh()
-    silent = sft.teacher_rollout(chat, examples[0], record(examples[0]), student.eos_ids[0])
+    _, chat = fresh()
+    silent = sft.teacher_rollout(chat, examples[0], record(examples[0]))
     ok = dataclasses.replace(silent, calls=(type("Call", (), {"status": "ok"}),))
     failed = dataclasses.replace(silent, calls=(type("Call", (), {"status": "error"}),))
     assert sft.support([silent, failed, ok, ok]) == 0.5

@@ -65,7 +65,7 @@ def records(tmp_path_factory):
     config = parse(FLAGS)
     examples, teacher = training_examples(config, tmp_path_factory.mktemp("out"), print)
     student = load_student("tiny", quant="none", dtype="fp32", lora_rank=8, lora_alpha=64)
-    rollouts = sft.teacher_rollouts(Chat(student.tokenizer), examples[:12], teacher, student.eos_ids[0], config)
+    rollouts = sft.teacher_rollouts(Chat(student.tokenizer), examples[:12], teacher, config)
     return student, rollouts
 
 

@@ -74,7 +74,7 @@ def test_the_oracle_answers_at_once_where_no_tool_is_needed():
 
 def test_the_oracles_words_are_what_the_student_learns_to_say():
     chat, record = Chat(tiny_tokenizer()), oracle(solved(), run)
-    rollout = teacher_rollout(chat, solved(), record, end_id=257)
+    rollout = teacher_rollout(chat, solved(), record)
     said = chat.decode(rollout.ids[rollout.sampled].tolist())
     assert said == "".join(m["content"] + "<|im_end|>" for m in record.messages if m["role"] == "assistant")
 
