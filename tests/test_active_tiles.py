@@ -99,14 +99,17 @@ def recorded(monkeypatch) -> list[Recorded]:
     return calls
 
 
+ROWS = 200
+
+
 def peaked_case(dtype: torch.dtype, **options) -> HeadCase:
-    """300 rows, from sure to undecided between the 25 tiles. The sure ones share four tiles; half have their target."""
-    case = head_case("", dtype, N=300, V=24 * STATISTICS_TILE + 37, H=40, seed=3, **options)
+    """From rows that are sure to rows undecided between 17 tiles. The sure share four tiles; half have their target."""
+    case = head_case("", dtype, N=ROWS, V=16 * STATISTICS_TILE + 37, H=40, seed=3, **options)
     make = torch.Generator().manual_seed(4)
-    tile_N = torch.tensor([0, 3, 4, 23])[torch.randint(0, 4, (300,), generator=make)]
-    topic_N = tile_N * STATISTICS_TILE + torch.randint(0, STATISTICS_TILE, (300,), generator=make)
-    hidden_NH = case.weight_VH[topic_N] * torch.linspace(60, 4, 300)[:, None].to(dtype)
-    targets_N = torch.where(torch.arange(300) % 2 == 0, topic_N, case.targets_N)
+    tile_N = torch.tensor([0, 3, 4, 15])[torch.randint(0, 4, (ROWS,), generator=make)]
+    topic_N = tile_N * STATISTICS_TILE + torch.randint(0, STATISTICS_TILE, (ROWS,), generator=make)
+    hidden_NH = case.weight_VH[topic_N] * torch.linspace(60, 4, ROWS)[:, None].to(dtype)
+    targets_N = torch.where(torch.arange(ROWS) % 2 == 0, topic_N, case.targets_N)
     return replace(case, hidden_NH=hidden_NH, targets_N=targets_N)
 
 
@@ -163,10 +166,10 @@ OPTIONS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_gradient_of_logprobs_is_off_by_no_more_than_the_bound(kernel_device, recorded, dtype, options, drop_mass):
     case = peaked_case(dtype, **options)
-    found_NH, logprob_N, entropy_N = gradient(case, kernel_device, torch.ones(300), torch.zeros(300), drop_mass)
+    found_NH, logprob_N, entropy_N = gradient(case, kernel_device, torch.ones(ROWS), torch.zeros(ROWS), drop_mass)
     (call,) = recorded
     check_recorded(case, found_NH, call, drop_mass)
-    _, want_logprob_N, want_entropy_N = gradient(case, kernel_device, torch.ones(300), torch.zeros(300), 0.0)
+    _, want_logprob_N, want_entropy_N = gradient(case, kernel_device, torch.ones(ROWS), torch.zeros(ROWS), 0.0)
     assert torch.equal(logprob_N, want_logprob_N)
     assert torch.equal(entropy_N, want_entropy_N)
 
@@ -188,8 +191,8 @@ def gradient(case: HeadCase, device: str, by_logprob_N, by_entropy_N, drop_mass:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_gradient_of_entropies_is_off_by_no_more_than_the_bound(kernel_device, recorded, options):
     case, drop_mass = peaked_case(torch.float32, **options), 1e-3
-    by_entropy_N = torch.linspace(-1, 1, 300)
-    found_NH, *_ = gradient(case, kernel_device, torch.zeros(300), by_entropy_N, drop_mass)
+    by_entropy_N = torch.linspace(-1, 1, ROWS)
+    found_NH, *_ = gradient(case, kernel_device, torch.zeros(ROWS), by_entropy_N, drop_mass)
     assert [call.by_entropy_R is None for call in recorded] == [True, False]
     check_recorded(case, found_NH, recorded[1], drop_mass)
 
@@ -198,11 +201,11 @@ def policy_gradient(case: HeadCase, device: str, drop_mass: float, advantage_N=N
     """(output, gradient) of the fused loss; a hundred tokens have no advantage."""
     hidden = case.hidden_NH.to(device).requires_grad_()
     if advantage_N is None:
-        advantage_N = torch.linspace(-2, 1, 300).masked_fill(torch.arange(300) % 3 == 1, 0.0)
+        advantage_N = torch.linspace(-2, 1, ROWS).masked_fill(torch.arange(ROWS) % 3 == 1, 0.0)
     with poisoned_memory():
         out = linear_policy_loss(
             hidden, case.weight_VH.to(device), case.targets_N.to(device), old_logp_N=None,
-            advantage_N=advantage_N.to(device), sequence_N=(torch.arange(300) // 50).to(device), **case.options,
+            advantage_N=advantage_N.to(device), sequence_N=(torch.arange(ROWS) // 50).to(device), **case.options,
             config=PolicyLossConfig(tis_cap=None, **fields), normaliser=Normaliser(5, 1), drop_mass=drop_mass,
             backend="triton",
         )  # fmt: skip
@@ -223,15 +226,15 @@ def test_the_gradient_of_the_loss_is_off_by_no_more_than_the_bound(kernel_device
         name: value.item() for name, value in whole.metrics.items()
     }
     if not entropy_coef:
-        assert not found_NH[torch.arange(300) % 3 == 1].any()  # rows without an advantage
+        assert not found_NH[torch.arange(ROWS) % 3 == 1].any()  # rows without an advantage
 
 
 def test_a_row_of_nan_stays_alone(kernel_device):
     case = peaked_case(torch.float32)
     case.hidden_NH[7, 3] = torch.nan
-    found_NH, *_ = gradient(case, kernel_device, torch.ones(300), torch.zeros(300), 1e-3)
+    found_NH, *_ = gradient(case, kernel_device, torch.ones(ROWS), torch.zeros(ROWS), 1e-3)
     assert found_NH.isnan().any(1).nonzero()[:, 0].tolist() == [7]
-    slope_N = torch.ones(300)
+    slope_N = torch.ones(ROWS)
     slope_N[9] = torch.nan
     _, found_NH = policy_gradient(peaked_case(torch.float32), kernel_device, 1e-3, advantage_N=slope_N)
     assert found_NH.isnan().any(1).nonzero()[:, 0].tolist() == [9]
