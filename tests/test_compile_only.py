@@ -51,8 +51,9 @@ def test_large():
 
 def compile_only(*arguments: str, cwd: Path = ROOT) -> tuple[int, str]:
     """Exit status and output of a run for sm_90."""
-    # The interpreter, which the tests around this one run in, compiles nothing.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # The interpreter, which the tests around this one run in, compiles nothing; and their own options are theirs.
+    theirs = ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
+    environment = {name: value for name, value in os.environ.items() if name not in theirs}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     command = [sys.executable, "-m", "pytest", "-p", "tests.compile_only", "--compile-for", "90", "-m", "gpu"]
     found = subprocess.run(
