@@ -85,6 +85,9 @@ class Programme:
 
     def run(self, lanes: Sequence[Sequence[Stage]]) -> None:
         """All lanes side by side, the stages of each one after another."""
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # A shell starts its background jobs deaf to SIGINT, and each stage would inherit that.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         threads = [threading.Thread(target=self._lane, args=(lane,)) for lane in lanes]
         for thread in threads:
             thread.start()

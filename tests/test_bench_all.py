@@ -40,7 +40,15 @@ LEAVES = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 
 HANGS = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('so far', flush=True); raise SystemExit(7)"
 
 
-def test_a_stage_that_fails_or_hangs_costs_itself_alone(tmp_path):
+@pytest.fixture
+def in_the_background():
+    """As in a job that a shell started with `&`, which is deaf to SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_stage_that_fails_or_hangs_costs_itself_alone(tmp_path, in_the_background):
     found = run(
         tmp_path,
         [stage("fails", "print('why'); raise SystemExit(3)"), stage("hangs", HANGS, 8), stage("after", "print('x')")],
