@@ -70,7 +70,7 @@ def roll_out(
     a CPU; on a GPU this was not yet tried. What a call raises ends all of it.
     """
     engine.sampling = sampling
-    engine.eos_ids |= {chat.end_id}
+    engine.eos_ids |= {chat.end_id}  # a model's files need not name what its template closes turns by
     with ThreadPoolExecutor(TOOL_THREADS) as threads:
         try:
             episodes = _submit(engine, chat, examples, group_size, limits, seed, step)

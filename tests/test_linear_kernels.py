@@ -249,8 +249,11 @@ def both_losses(policy, device: str, dtype=torch.float32, advantage_of=None, len
     return results
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("policy", POLICY_CASES, ids=[case.name for case in POLICY_CASES])
+# float16 goes the same way and differs in its rounding: every third case.
+FUSED_CASES = [(case, torch.float32) for case in POLICY_CASES] + [(case, torch.float16) for case in POLICY_CASES[::3]]
+
+
+@pytest.mark.parametrize(("policy", "dtype"), FUSED_CASES, ids=[f"{c.name}-{d}" for c, d in FUSED_CASES])
 def test_the_fused_loss_is_the_two_operators(kernel_device, policy, dtype, monkeypatch):
     monkeypatch.setattr(MODULE, "_chunk_rows", lambda V, element_size: 64)  # cuts sequences
     (loss, grad, metrics), (want_loss, want_grad, want_metrics) = both_losses(policy, kernel_device, dtype)

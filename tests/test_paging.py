@@ -91,7 +91,6 @@ def test_a_block_by_hand():
 @pytest.mark.parametrize("rows", [0, 1, 2, 5])
 def test_every_field_begins_where_aligned_loads_may(rows):
     flat = torch.zeros(Fields.numbers(rows, 3, 7), dtype=torch.long)
-    assert flat.data_ptr() % 16 == 0
     # Not by data_ptr: of a field without rows it may be 0.
     assert all(field.storage_offset() * field.itemsize % 128 == 0 for field in Fields.of(flat, rows, 3, 7))
 
