@@ -50,17 +50,6 @@ ORDINARY_ROLES = (  # turns open with tokens that are added but not special
 # --- calls -----------------------------------------------------------------------------------------------------
 
 
-class _Counted(str):
-    """Text that counts the characters its searches pass."""
-
-    scanned = 0
-
-    def find(self, piece: str, start: int = 0) -> int:
-        found = super().find(piece, start)
-        self.scanned += (len(self) if found < 0 else found + len(piece)) - start
-        return found
-
-
 @functools.cache
 def all_tools() -> tuple[ToolSpec, ...]:
     """Every built-in tool."""
@@ -78,17 +67,14 @@ def turn_text(rng: Random) -> str:
 
 
 def check_calls(text: str, folder: Path) -> None:
-    """Any turn parses, in one pass, into pieces of itself; any call gets an answer."""
-    counted = _Counted(text)
-    calls = parse_turn(counted).calls
-    assert counted.scanned <= 2 * len(text)  # the tags are read twice
-    assert bool(calls) == (CALL_OPEN in text)
-    at = 0
-    for raw in calls:
+    """Any turn parses into pieces of itself; any call gets an answer."""
+    turn, at = parse_turn(text), 0
+    assert "<think>" in turn.speech or bool(turn.calls) == (CALL_OPEN in turn.speech)
+    for raw in turn.calls:
         at = text.index(CALL_OPEN + raw, at) + len(CALL_OPEN) + len(raw)
-    box = boxed(text)
+    box = boxed(turn.speech)
     assert box is None or f"\\boxed{{{box}}}" in text
-    for raw in calls[:8]:
+    for raw in turn.calls[:8]:
         call = run_call(raw, all_tools())
         assert call.raw == raw
         assert call.status in CALL_STATUSES

@@ -94,8 +94,8 @@ def evaluate(
 def _is_right(chat: Chat, rollout: Rollout, example: Example) -> bool:
     if example.suite in bfcl.SUITES:
         # The leaderboard reads a text that was cut off like any other: whole calls in it count.
-        turn = parse_turn("".join(m["content"] for m in messages_of(chat, rollout) if m["role"] == "assistant"))
-        return bfcl.passes(example, [run_call(raw, example.tools) for raw in turn.calls])
+        turns = [parse_turn(m["content"]) for m in messages_of(chat, rollout) if m["role"] == "assistant"]
+        return bfcl.passes(example, [run_call(raw, example.tools) for turn in turns for raw in turn.calls])
     return rollout.finished and is_right(example, rollout.answer, rollout.calls)
 
 

@@ -10,6 +10,7 @@ switched on. Where outside text spells such a mark it is encoded in two parts: i
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lite_mentor.errors import UserError
-from lite_mentor.tools import signature
+from lite_mentor.tools import MAX_CALL_CHARS, signature
 from lite_mentor.types import Example, ToolSpec
 
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 RESULT_OPEN, RESULT_CLOSE = "<tool_response>", "</tool_response>"
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 # Private-use characters: no tokenizer's template treats them specially, and in outside text they are broken.
 _SLOT = "\ue000{}\ue001"
@@ -40,11 +42,12 @@ ASK_FOR_BOX = "\n\nUse the tools, then put the final answer in \\boxed{}."
 
 @dataclass(frozen=True)
 class Turn:
-    """What one assistant turn says."""
+    """What one assistant turn says. Its thoughts, all that stands before the last `</think>`, say nothing."""
 
     calls: tuple[str, ...]
-    """The text between each pair of call tags; an unclosed last call runs to the end of the turn."""
-    text: str
+    """The text after each opening call tag, up to the next tag that is not inside its JSON, or to the end."""
+    speech: str
+    """All that is said; a thought that never closes is not."""
 
 
 class Chat:
@@ -166,14 +169,40 @@ class Chat:
 
 def parse_turn(text: str) -> Turn:
     """Find the tool calls in one sampled turn. Linear in the text, total on any text."""
-    calls = []
-    start = text.find(CALL_OPEN)
-    while start >= 0:
-        start += len(CALL_OPEN)
-        end = text.find(CALL_CLOSE, start)
-        calls.append(text[start:] if end < 0 else text[start:end])
-        start = -1 if end < 0 else text.find(CALL_OPEN, end)
-    return Turn(tuple(calls), text)
+    calls: list[str] = []
+    start, at, end = 0, 0, len(text)
+    while tag := _TAG.search(text, at):
+        at = tag.end()
+        if tag[0] == THINK_CLOSE:
+            calls, start = [], at
+        elif tag[0] == THINK_OPEN:
+            at = text.find(THINK_CLOSE, at)
+            if at < 0:
+                end = tag.start()
+                break
+        elif tag[0] == CALL_OPEN:
+            following = _TAG.search(text, _end_of_json(text, at))
+            stop = following.start() if following else len(text)
+            calls.append(text[at:stop])
+            at = stop
+    return Turn(tuple(calls), text[start:end])
+
+
+_TAG = re.compile("|".join((CALL_OPEN, CALL_CLOSE, THINK_OPEN, THINK_CLOSE)))
+_BRACE = re.compile(r"\s*\{")
+_JSON = json.JSONDecoder()
+
+
+def _end_of_json(text: str, start: int) -> int:
+    """Where the JSON object that begins here ends, for a string in it may hold a tag; `start` where there is none."""
+    brace = _BRACE.match(text, start)
+    if not brace:
+        return start
+    first = brace.end() - 1
+    try:
+        return first + _JSON.raw_decode(text[first : first + MAX_CALL_CHARS])[1]
+    except (ValueError, RecursionError):
+        return start
 
 
 def _slot(role: str, index: int) -> dict[str, str]:

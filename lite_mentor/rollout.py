@@ -139,7 +139,7 @@ def _read_turn(chat: Chat, episode: _Episode) -> list[str]:
         return []
     turn = parse_turn(_turn_text(chat, episode.sequence))
     if not turn.calls:
-        episode.stop = "eos" if boxed(turn.text) is None else "answer"
+        episode.stop = "eos" if boxed(turn.speech) is None else "answer"
     return turn.calls
 
 
@@ -168,7 +168,7 @@ def _turn_text(chat: Chat, sequence: Sequence) -> str:
 
 def _finish(chat: Chat, episode: _Episode) -> Rollout:
     sequence, stop = episode.sequence, episode.stop
-    answer = boxed(_turn_text(chat, sequence)) if stop == "answer" else None
+    answer = boxed(parse_turn(_turn_text(chat, sequence)).speech) if stop == "answer" else None
     return Rollout(
         example_key=episode.example.key,
         group=episode.group,

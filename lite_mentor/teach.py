@@ -28,7 +28,7 @@ from rich.progress import Progress
 
 from lite_mentor.errors import UserError
 from lite_mentor.judge import boxed, is_right
-from lite_mentor.prompt import ASK_FOR_BOX, CALL_CLOSE, CALL_OPEN, json_schema
+from lite_mentor.prompt import ASK_FOR_BOX, CALL_CLOSE, CALL_OPEN, json_schema, parse_turn
 from lite_mentor.sandbox import open_sandbox
 from lite_mentor.tasks import load_suite, resolve_arguments
 from lite_mentor.tasks.jsonl import read_tasks
@@ -233,7 +233,7 @@ class Endpoint:
             raws = [call_text(call["function"]["name"], call["function"]["arguments"]) for call in wanted]
             messages.append({"role": "assistant", "content": with_calls(said["content"], raws)})
             if not wanted:
-                answer = boxed(said["content"]) if complete else None
+                answer = boxed(parse_turn(said["content"]).speech) if complete else None
                 break
             asked.append(said)
             for call, raw in zip(wanted, raws, strict=True):

@@ -11,9 +11,7 @@ import pytest
 
 from bench import fuzz, hostile
 from bench.__main__ import main as bench_main
-from bench.attack_text import _Counted
 from bench.hostile import Target
-from lite_mentor.prompt import parse_turn
 
 CASES = {"calls": 400, "answers": 30, "prompts": 120, "episodes": 64, "bfcl": 200}
 """Of the others: 120."""
@@ -62,19 +60,6 @@ def test_a_sound_run_ends_well_and_shares_out_its_cases(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "fuzz.json").read_text())["results"]
     assert [(row["target"], row["cases"]) for row in rows] == [("many", 15), ("batches", 8)]
     assert bench_main(["fuzz", "--cases", "0", "--out", str(tmp_path)]) == 2
-
-
-@pytest.mark.parametrize(
-    "piece", ["<tool_call>", "</tool_call>", "<tool_call></tool_call>", "<tool_", "<", "<tool_call>x</tool_call"]
-)
-def test_parsing_is_linear_in_the_text(piece):
-    scanned = []
-    for count in (1_000, 4_000, 40_000):
-        text = _Counted(piece * count)
-        parse_turn(text)
-        scanned.append(text.scanned)
-        assert text.scanned <= 2 * len(text)
-    assert scanned[1] <= 4 * scanned[0] + 100
 
 
 def test_changes_are_small_and_seeded():

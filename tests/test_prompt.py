@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import AddedToken
 
+from lite_mentor import prompt
 from lite_mentor.errors import UserError
-from lite_mentor.prompt import Chat, parse_turn
+from lite_mentor.prompt import CALL_CLOSE, CALL_OPEN, Chat, Turn, parse_turn
 from lite_mentor.tasks import load_suite, make_example
 from lite_mentor.tiny import tiny_tokenizer
+from lite_mentor.tools import render_call
 from lite_mentor.types import ToolSpec
 
 NEWLINE, OPEN, END, SYSTEM, USER, ASSISTANT = 10, 256, 257, 267, 268, 269
@@ -159,10 +165,86 @@ def test_a_template_whose_turns_have_no_end_token_is_refused():
         ("a <tool_call>x</tool_call> b", ("x",)),
         ("<tool_call>x</tool_call><tool_call>y</tool_call>", ("x", "y")),
         ("<tool_call>x", ("x",)),
-        ("<tool_call>x<tool_call>y</tool_call>z", ("x<tool_call>y",)),
+        ("<tool_call>x<tool_call>y</tool_call>z", ("x", "y")),
+        ('<tool_call>{"a": 1}\n<tool_call>{"a": 2}</tool_call>', ('{"a": 1}\n', '{"a": 2}')),
+        ('<tool_call>\n{"a": "</tool_call>"} </tool_call>', ('\n{"a": "</tool_call>"} ',)),
+        ('<tool_call>{"a": "</think>"}</tool_call>', ('{"a": "</think>"}',)),
+        ('<tool_call>{"a": "<tool_call>x</tool_call>', ('{"a": "', "x")),
         ("<tool_call>x</tool_call></tool_call>", ("x",)),
         ("<TOOL_CALL>x</TOOL_CALL>", ()),
     ],
 )
 def test_calls_are_found(text, calls):
     assert parse_turn(text).calls == calls
+
+
+@pytest.mark.parametrize(
+    ("text", "calls", "speech"),
+    [
+        ("<think>12</think>13", (), "13"),
+        ("<think>1<think>2</think>3</think>4", (), "4"),
+        ("2</think>3", (), "3"),
+        ("2<think>3", (), "2"),
+        ("<think>1</think>2<think>3", (), "2"),
+        ("<think>the tag <tool_call> opens</think>2", (), "2"),
+        ("<think>the tag <tool_call> opens", (), ""),
+        ("<tool_call>x</tool_call></think><tool_call>y</tool_call>", ("y",), "<tool_call>y</tool_call>"),
+        ("the tag <tool_call> opens</think>2", (), "2"),
+        ("<tool_call>x<think>y</think>z", (), "z"),
+    ],
+)
+def test_only_what_follows_the_last_thought_is_said(text, calls, speech):
+    turn = parse_turn(text)
+    assert (turn.calls, turn.speech) == (calls, speech)
+
+
+_strings = st.text() | st.lists(
+    st.sampled_from(["<tool_call>", "</tool_call>", "<think>", "</think>", '"', "\\", "{", "}", "\n", "x"])
+).map("".join)
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | _strings,
+    lambda inner: st.lists(inner) | st.dictionaries(_strings, inner),
+    max_leaves=8,
+)
+
+
+@given(
+    st.lists(st.tuples(_strings, st.dictionaries(_strings, _json)), max_size=3), st.sampled_from(["", "\n", " I do. "])
+)
+def test_calls_are_read_as_they_were_written(calls, between):
+    raws = [render_call(name, arguments) for name, arguments in calls]
+    text = between.join(f"{CALL_OPEN}{raw}{CALL_CLOSE}" for raw in raws)
+    assert parse_turn(text) == Turn(tuple(raws), text)
+
+
+@given(st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "<think>", "</think>", '{"a": ', '"', "\\", "}", "x"])))
+def test_any_text_parses_into_pieces_of_itself(parts):
+    text = "".join(parts)
+    turn = parse_turn(text)
+    at = text.index(turn.speech)
+    for raw in turn.calls:
+        at = text.index(CALL_OPEN + raw, at) + len(CALL_OPEN + raw)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["<tool_call>", "</tool_call>", "<tool_call></tool_call>", "<tool_", "<", "<tool_call>x</tool_call", "<think>",
+     "<tool_call>{", '<tool_call>{"', '<tool_call>{"a": "', '<tool_call>{"a": "\\"', '<tool_call>{"a": [', "</think>"],
+)  # fmt: skip
+def test_parsing_is_linear_in_the_text(piece, monkeypatch):
+    read = []
+
+    class Decoder(json.JSONDecoder):
+        def raw_decode(self, text, at=0):
+            try:
+                found = super().raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                read.append(error.pos - at)
+                raise
+            read.append(found[1] - at)
+            return found
+
+    monkeypatch.setattr(prompt, "_JSON", Decoder())
+    text = piece * 4_000
+    parse_turn(text)
+    assert sum(read) <= 2 * len(text)
