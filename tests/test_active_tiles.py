@@ -161,9 +161,8 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("drop_mass", [3e-2, 1e-4])
+@pytest.mark.parametrize(("dtype", "drop_mass"), [(torch.float32, 3e-2), (torch.float16, 1e-4)])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_gradient_of_logprobs_is_off_by_no_more_than_the_bound(kernel_device, recorded, dtype, options, drop_mass):
     case = peaked_case(dtype, **options)
     found_NH, logprob_N, entropy_N = gradient(case, kernel_device, torch.ones(ROWS), torch.zeros(ROWS), drop_mass)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from itertools import cycle
 from typing import get_args
 
 import pytest
@@ -275,12 +276,15 @@ triton_advantage = partial(group_advantage, backend="triton")
 
 @pytest.mark.parametrize("advantage", ADVANTAGES)
 @pytest.mark.parametrize("reward", REWARDS)
-def test_kernels_against_plain_python(kernel_device, reward, advantage, monkeypatch):
-    config = RewardConfig(reward, advantage)
-    check_advantage(triton_advantage, random_episodes(0), config, device=kernel_device)
+def test_kernels_against_plain_python(kernel_device, reward, advantage):
+    check_advantage(triton_advantage, random_episodes(0), RewardConfig(reward, advantage), device=kernel_device)
+
+
+@pytest.mark.parametrize(("reward", "advantage"), zip(REWARDS, cycle(ADVANTAGES)))
+def test_kernels_with_more_rollouts_than_a_block_holds(kernel_device, reward, advantage, monkeypatch):
     many = random_episodes(3, groups=5, tools=130)
-    monkeypatch.setattr(MODULE, "BLOCK", 16)  # fewer than there are rollouts
-    check_advantage(triton_advantage, many, config, words=3, device=kernel_device)
+    monkeypatch.setattr(MODULE, "BLOCK", 16)
+    check_advantage(triton_advantage, many, RewardConfig(reward, advantage), words=3, device=kernel_device)
 
 
 def test_kernels_are_told_the_number_of_groups(kernel_device):

@@ -65,8 +65,11 @@ def same_bits(found, expected) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, dict(softcap=5.0, temperature=0.7, scale=1.2)], ids=["plain", "softcap"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, {}), (torch.float16, dict(softcap=5.0, temperature=0.7, scale=1.2))],
+    ids=["plain", "softcap"],
+)
 def test_kernel_bits_depend_on_the_row_alone(kernel_device, dtype, options, monkeypatch):
     case = head_case("", dtype, N=300, V=515, H=40, seed=3, **options)
     whole = gradients(case, kernel_device)
@@ -249,8 +252,8 @@ def both_losses(policy, device: str, dtype=torch.float32, advantage_of=None, len
     return results
 
 
-# float16 goes the same way and differs in its rounding: every third case.
-FUSED_CASES = [(case, torch.float32) for case in POLICY_CASES] + [(case, torch.float16) for case in POLICY_CASES[::3]]
+# float16 goes the same way and differs in its rounding: a few cases.
+FUSED_CASES = [(case, torch.float32) for case in POLICY_CASES] + [(case, torch.float16) for case in POLICY_CASES[::11]]
 
 
 @pytest.mark.parametrize(("policy", "dtype"), FUSED_CASES, ids=[f"{c.name}-{d}" for c, d in FUSED_CASES])
