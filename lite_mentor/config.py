@@ -149,7 +149,8 @@ class Config:
     beta: float = 0.0
     """Weight of the KL to the reference (the student with its adapters off); 0 skips its forward."""
     kl: Literal["k1", "k2", "k3", "exact"] = "k3"
-    """That KL, estimated from the sampled token, or exact: over the whole vocabulary, for one GEMM of the head more."""
+    """That KL, estimated from the sampled token, or exact: over the whole vocabulary, for one GEMM of the head more.
+    k1, k2 and k3 differ in the value that is logged; the gradient is the KL's own for all of them."""
     entropy: float = 0.0
     """Weight of the entropy bonus."""
     tis_cap: float = 2.0
@@ -229,7 +230,7 @@ _PAPER = dict(
     loss="dapo",
     clip=(0.2, 0.2),
     beta=0.001,
-    kl="k3",
+    kl="k3",  # the paper's, but for its gradient: differentiated as it stands, k3 would pull by KL(reference || student)
     entropy=0.001,
     lr=2e-5,
     warmup=0,

@@ -271,9 +271,18 @@ def policy_cases() -> list[PolicyCase]:
     ]
 
 
+def plain_kl(logp: torch.Tensor, ref_logp: torch.Tensor, weight: torch.Tensor, estimator: str) -> torch.Tensor:
+    """The estimator's value; the gradient is k2's, whichever it is."""
+    d = ref_logp - logp
+    value = {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1}[estimator]
+    k2 = weight.detach() * d**2 / 2
+    return (weight * value).detach() + k2 - k2.detach()
+
+
 def plain_policy(
-    *, logp_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, entropy_N, config, normaliser
-) -> torch.Tensor:
+    *, logp_N, old_logp_N, advantage_N, sequence_N, ref_logp_N, behaviour_logp_N, entropy_N, config, normaliser,
+    kl_of=plain_kl,
+) -> torch.Tensor:  # fmt: skip
     """The loss, sequence after sequence, with autograd's own stop-gradients."""
     old_logp_N = logp_N.detach() if old_logp_N is None else old_logp_N
     loss = logp_N.new_zeros(())
@@ -291,13 +300,14 @@ def plain_policy(
             if config.dual_clip is not None and config.loss != "gspo":
                 gain = torch.where(advantage < 0, torch.maximum(gain, config.dual_clip * advantage), gain)
             pg = -gain
+        kl_weight = (logp - old).exp()
         if config.tis_cap is not None:
             gap = old.detach() - behaviour_logp_N[at]
             weight = (gap.sum() if config.tis_level == "sequence" else gap).exp()
             over = config.tis_cap if config.tis_mode == "tis" else 0.0
-            pg = pg * torch.where(weight > config.tis_cap, over, weight)
-        d = ref_logp_N[at] - logp
-        kl = {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1}[config.kl]
+            weight = torch.where(weight > config.tis_cap, over, weight)
+            pg, kl_weight = pg * weight, kl_weight * weight
+        kl = kl_of(logp, ref_logp_N[at], kl_weight, config.kl)
         total = (pg + config.beta * kl - config.entropy_coef * entropy_N[at]).sum()
         if config.loss in ("grpo", "gspo"):
             loss = loss + total / len(logp) / normaliser.sequences

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import PolicyCase, check_policy, policy_cases
 from mentor_kernels import Normaliser, PolicyLossConfig, linear_logprob, linear_policy_loss, policy_loss
-from mentor_kernels.policy_loss import METRICS, _policy_loss
+from mentor_kernels.policy_loss import KL, METRICS, _policy_loss
 
 CASES = policy_cases()
 
@@ -101,20 +102,57 @@ def test_cispo_by_hand():
     assert out.metrics["clip_high"].item() == pytest.approx(2 / 4)
 
 
-@pytest.mark.parametrize(
-    ("kl", "value", "slope"),
-    [("k1", -0.4, 1.0), ("k2", 0.08, -0.4), ("k3", math.exp(0.4) - 1.4, 1 - math.exp(0.4))],
-)
-def test_kl_by_hand(kl, value, slope):
+@pytest.mark.parametrize("weight", [1.0, 1.5 * 0.8])
+@pytest.mark.parametrize(("kl", "value"), [("k1", -0.4), ("k2", 0.08), ("k3", math.exp(0.4) - 1.4)])
+def test_kl_by_hand(kl, value, weight):
+    """d = 0.4: another value for each estimator, and one slope; off-policy with rho = 1.5 and b = 0.8 in front."""
     logp = torch.tensor([-1.4, -1.4], requires_grad=True)
+    old = None if weight == 1 else logp.detach() - math.log(1.5)
     out = policy_loss(
-        logp, None, torch.zeros(2), sequence_N=torch.tensor([0, 1]), ref_logp_N=torch.tensor([-1.0, -1.0]),
+        logp, old, torch.zeros(2), sequence_N=torch.tensor([0, 1]), ref_logp_N=torch.tensor([-1.0, -1.0]),
+        behaviour_logp_N=None if weight == 1 else old - math.log(0.8),
         config=PolicyLossConfig(kl=kl, beta=0.5), normaliser=Normaliser(2, 2),
     )  # fmt: skip
     out.loss.backward()
-    assert out.metrics["kl"].item() == pytest.approx(value, abs=1e-6)
-    assert out.loss.item() == pytest.approx(0.5 * value, abs=1e-6)
-    assert logp.grad.tolist() == pytest.approx([0.25 * slope] * 2, abs=1e-6)
+    assert out.metrics["kl"].item() == pytest.approx(weight * value, abs=1e-6)
+    assert out.loss.item() == pytest.approx(0.5 * weight * value, abs=1e-6)
+    assert logp.grad.tolist() == pytest.approx([0.25 * weight * -0.4] * 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("loss", ["dapo", "gspo", "cispo"])
+@pytest.mark.parametrize("off_policy", [False, True])
+@pytest.mark.parametrize("kl", get_args(KL))
+def test_the_mean_gradient_of_every_estimator_is_that_of_the_kl(kernel_device, kl, off_policy, loss, backend):
+    """One softmax, a distant reference, and every token as often as the sampler draws it; gspo by sequences of two."""
+    make = torch.Generator().manual_seed(1)
+    logits, reference, old, sampler = 1.5 * torch.randn(4, 36, generator=make, dtype=torch.float64)
+    old, sampler = (logits + 0.2 * x if off_policy else logits for x in (old, sampler))
+    ref, old, sampler = (torch.log_softmax(x, -1) for x in (reference, old, sampler))
+
+    def policy(leaf):
+        logp = torch.log_softmax(leaf, -1)
+        return logp, (logp.exp() * (logp - ref)).sum(-1)
+
+    leaf = logits.clone().requires_grad_()
+    exact = policy(leaf)[1]
+    (want,) = torch.autograd.grad(exact, leaf)
+    rows = logits.expand(36, 36).clone().requires_grad_()
+    logp, divergence = policy(rows)
+    vectors = dict(behaviour_logp_N=sampler, **(dict(kl_N=divergence) if kl == "exact" else dict(ref_logp_N=ref)))
+    out = policy_loss(
+        logp.diagonal().float().to(kernel_device),
+        old.float().to(kernel_device) if off_policy else None,
+        torch.zeros(36, device=kernel_device),
+        sequence_N=torch.arange(36, device=kernel_device) // 2,
+        **{name: x.float().to(kernel_device) for name, x in vectors.items()},
+        config=PolicyLossConfig(loss, kl=kl, beta=2.0 if loss == "gspo" else 1.0, tis_cap=1e6),
+        normaliser=Normaliser(1, 1),
+        backend=backend,
+    )
+    out.loss.backward()
+    assert exact > 1
+    assert (sampler.exp() @ rows.grad - want).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -254,7 +292,7 @@ def test_an_overflowing_ratio_does_not_make_nan(loss):
     out.loss.backward()
     assert math.isfinite(out.loss.item())
     assert bool(logp.grad.isfinite().all())
-    assert logp.grad[0].item() < 0  # no advantage: only k3, which pulls towards the reference
+    assert logp.grad[0].item() < 0  # no advantage: only the KL, which pulls towards the reference
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "gspo"])

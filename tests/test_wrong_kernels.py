@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from kernel_checks import (
     check_policy,
     exact_head,
     head_cases,
+    plain_kl,
     plain_policy,
     policy_cases,
     weight_cases,
@@ -246,6 +248,15 @@ def _with(**changes):
     return wrong
 
 
+def _with_kl(kl_of):
+    return partial(plain_policy, kl_of=kl_of)
+
+
+def kl_differentiated_as_it_stands(logp, ref_logp, weight, estimator):
+    d = ref_logp - logp
+    return weight.detach() * {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1}[estimator]
+
+
 def _config(**fields):
     return lambda kwargs: replace(kwargs["config"], **{k: f(kwargs["config"]) for k, f in fields.items()})
 
@@ -256,6 +267,14 @@ WRONG_POLICIES = {
     ),
     "mask shifted by one": _with(advantage_N=lambda k: k["advantage_N"].roll(1)),
     "detached KL": _with(ref_logp_N=lambda k: k["ref_logp_N"] - k["logp_N"].detach() + k["logp_N"]),
+    "KL differentiated as it stands": _with_kl(kl_differentiated_as_it_stands),
+    "KL without the ratio": _with_kl(lambda logp, ref, weight, kl: plain_kl(logp, ref, torch.ones_like(logp), kl)),
+    "KL with the ratio in its value alone": _with_kl(
+        lambda logp, ref, weight, kl: (
+            plain_kl(logp, ref, torch.ones_like(logp), kl) + plain_kl(logp, ref, weight - 1, kl).detach()
+        )
+    ),
+    "one estimator for all": _with_kl(lambda logp, ref, weight, kl: plain_kl(logp, ref, weight, "k3")),
     "KL of the wrong direction": _with(ref_logp_N=lambda k: 2 * k["logp_N"] - k["ref_logp_N"]),
     "detached entropy": _with(entropy_N=lambda k: k["entropy_N"].detach() + 0 * k["entropy_N"]),
     "entropy with the wrong sign": _with(entropy_N=lambda k: -k["entropy_N"]),

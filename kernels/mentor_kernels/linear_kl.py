@@ -6,9 +6,9 @@ Mathematics. For row n with hidden states h and h' (reference), logits z and z' 
 
     d KL / d h = scale / T sum_v p_v (d_v - g - KL) k_v W_v
 
-The estimators k1, k2 and k3 of policy_loss.py look at the sampled token alone; this is their mean over all tokens that
-could have been sampled, without their variance. g is formed from the two maxima and the two logs apart, so an offset
-that both policies' logits share never meets a small number.
+The estimators k1 and k3 of policy_loss.py look at the sampled token alone; this is their mean over all tokens that
+could have been sampled, and its gradient the mean of theirs, without their variance. g is formed from the two maxima
+and the two logs apart, so an offset that both policies' logits share never meets a small number.
 
 FLOPs, in units of one GEMM of the head: 2 for the value (both logits). Its gradient takes 2 more on the torch backend,
 which sums p d k W and p k W apart because KL and g are known only at the end of its sweep, and 1 more on the Triton

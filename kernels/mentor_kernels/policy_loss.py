@@ -12,8 +12,8 @@ where sg[] says so.
     tis                   pg is multiplied by sg[min(b, tis_cap)], b = exp(old_logp - behaviour_logp), the part of the
                           ratio that is due to the sampler and not to the update; masked: b where b <= tis_cap, else 0.
                           Level sequence: b is the product over the sequence's tokens.
-    KL                    d = ref_logp - logp:  k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1;
-                          exact: given (linear_kl.py)
+    KL                    d = ref_logp - logp, r = rho times the tis weight:  r k, with k1 = -d, k2 = d^2 / 2 or
+                          k3 = exp(d) - d - 1, and the slope -r d for all three; exact: given (linear_kl.py)
 
     loss = sum over n of w_n (pg + beta KL - entropy_coef entropy)
     w_n  = 1 / tokens                          dapo, cispo
@@ -22,6 +22,17 @@ where sg[] says so.
 
 `tokens` and `sequences` count the whole optimizer step, so the losses of its micro-batches ADD to that of the whole.
 len(q) is counted here, so a micro-batch must hold all sampled tokens of each of its sequences, one after another.
+
+Why one slope. The KL of the next token, and its gradient, are means over the policy's own tokens,
+
+    KL(pi || ref) = E_pi[-d] = E_pi[k3]        grad KL = E_pi[-d grad logp]        for E_pi[grad logp] = 0
+
+and r makes a mean over pi of one over the sampler (as far as no tis cap is met). The estimators differ in what is
+logged and added to the loss: k1 and k3 are right on average, k2 only close to the reference; k2 and k3 are never
+negative. Differentiated as they stand, only k2 would teach the KL: the mean of k1's slope, 1, teaches nothing, and that
+of k3's, 1 - exp(d), is the gradient of the KL in the other direction, KL(ref || pi). (Their gradients are compared in
+arXiv 2510.01555 and 2512.21852.) With r in front, k3's is right again: -r d is the derivative of r k3 through rho.
+That earlier tokens decide where the later KLs are taken is left out, as in any loss that is a sum over tokens.
 
 Exponents stop at EXPONENT_MAX in the ratios and in k3, so that no overflow turns a zero advantage into NaN.
 
@@ -65,7 +76,8 @@ class PolicyLossConfig:
     cispo_max: float = 5.0
     """Cap on cispo's ratio."""
     kl: KL = "k3"
-    """Estimator of KL(policy || reference); `exact` takes the KL itself."""
+    """Estimator of KL(policy || reference): of its value, for the gradient is one and the same. `exact` takes the KL
+    itself."""
     beta: float = 0.0
     """Weight of the KL in the loss."""
     entropy_coef: float = 0.0
@@ -163,7 +175,8 @@ def _forward_torch(
     pg_N, slope_N, low_N, high_N, dual_N = _policy_term(ratio_N, logp_N, advantage_N, config)
     tis_N, capped_N = _sampler_correction(old_logp_N, behaviour_logp_N, config, local_N, length_S)
     pg_N, slope_N = pg_N * tis_N, slope_N * tis_N
-    kl_N, kl_slope_N = _kl(logp_N, reference_N, config.kl)
+    own_ratio_N = (logp_N - old_logp_N).clamp(max=EXPONENT_MAX).exp()
+    kl_N, kl_slope_N = _kl(logp_N, reference_N, own_ratio_N * tis_N, config.kl)
     entropy_N = torch.zeros_like(logp_N) if entropy_N is None else entropy_N
     gap_N = torch.zeros_like(logp_N) if behaviour_logp_N is None else (old_logp_N - behaviour_logp_N).abs()
 
@@ -236,19 +249,17 @@ def _sampler_correction(
     return weight_N.masked_fill(above_N, config.tis_cap if config.tis_mode == "tis" else 0.0), above_N.to(log_N.dtype)
 
 
-def _kl(logp_N: torch.Tensor, reference_N: torch.Tensor | None, estimator: KL) -> tuple[torch.Tensor, torch.Tensor]:
-    """The estimate and its derivative by logp; `reference_N` is the reference's logprob, or for `exact` the KL."""
+def _kl(
+    logp_N: torch.Tensor, reference_N: torch.Tensor | None, weight_N: torch.Tensor, estimator: KL
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The estimate and its slope by logp; `reference_N` is the reference's logprob, or for `exact` the KL."""
     if reference_N is None:
         return torch.zeros_like(logp_N), torch.zeros_like(logp_N)
     if estimator == "exact":
         return reference_N, torch.zeros_like(logp_N)
     d_N = reference_N - logp_N
-    if estimator == "k1":
-        return -d_N, torch.ones_like(d_N)
-    if estimator == "k2":
-        return d_N.square() / 2, -d_N
-    less_one_N = d_N.clamp(max=EXPONENT_MAX).expm1()
-    return less_one_N - d_N, -less_one_N
+    value_N = {"k1": -d_N, "k2": d_N.square() / 2, "k3": d_N.clamp(max=EXPONENT_MAX).expm1() - d_N}[estimator]
+    return weight_N * value_N, -weight_N * d_N
 
 
 def _max(values_N: torch.Tensor) -> torch.Tensor:
@@ -337,7 +348,7 @@ def _policy_slope(ratio, logp, advantage, lower, upper, dual, CISPO: tl.constexp
 
 
 @triton.jit
-def _kl_slope(logp, ref_ptr, i, ok, KL: tl.constexpr, TOP: tl.constexpr):
+def _kl_slope(logp, weight, ref_ptr, i, ok, KL: tl.constexpr, TOP: tl.constexpr):
     """_kl."""
     kl, slope = tl.zeros_like(logp), tl.zeros_like(logp)
     if ref_ptr is not None:
@@ -345,13 +356,15 @@ def _kl_slope(logp, ref_ptr, i, ok, KL: tl.constexpr, TOP: tl.constexpr):
         d = reference - logp
         if KL == "exact":
             kl = reference
-        elif KL == "k1":
-            kl, slope = -d, tl.full(d.shape, 1.0, tl.float32)
-        elif KL == "k2":
-            kl, slope = d * d * 0.5, -d
         else:
-            _, less_one = _exponential(tl.where(d > TOP, TOP, d))
-            kl, slope = less_one - d, -less_one
+            slope = -weight * d
+            if KL == "k1":
+                kl = slope
+            elif KL == "k2":
+                kl = weight * (d * d * 0.5)
+            else:
+                _, less_one = _exponential(tl.where(d > TOP, TOP, d))
+                kl = weight * (less_one - d)
     return kl, slope
 
 
@@ -392,9 +405,11 @@ def _policy_tokens(
             ok = i < end
             logp, log_ratio, gap = _log_ratios(logp_ptr, old_ptr, behaviour_ptr, i, ok)
             advantage = tl.load(advantage_ptr + i, mask=ok, other=0.0)
+            kl_weight, _ = _exponential(tl.where(log_ratio > TOP, TOP, log_ratio))
+            ratio = kl_weight
             if LOSS == "gspo":
                 log_ratio = tl.zeros_like(logp) + log_ratio_sum / length
-            ratio, _ = _exponential(tl.where(log_ratio > TOP, TOP, log_ratio))
+                ratio, _ = _exponential(tl.where(log_ratio > TOP, TOP, log_ratio))
             pg, slope, low, high, clipped = _policy_slope(ratio, logp, advantage, lower, upper, dual, LOSS == "cispo")
             if TIS != "":
                 log_tis = gap
@@ -403,12 +418,12 @@ def _policy_tokens(
                 tis, _ = _exponential(tl.where(log_tis > TOP, TOP, log_tis))
                 capped = tis > cap
                 tis = tl.where(capped, above, tis)
-                pg, slope = pg * tis, slope * tis
+                pg, slope, kl_weight = pg * tis, slope * tis, kl_weight * tis
                 tis_B += tl.where(ok, tis, 0.0)
                 capped_B += tl.where(ok, capped.to(tl.float32), 0.0)
             else:
                 tis_B += tl.where(ok, 1.0, 0.0)
-            kl, kl_slope = _kl_slope(logp, ref_ptr, i, ok, KL, TOP)
+            kl, kl_slope = _kl_slope(logp, kl_weight, ref_ptr, i, ok, KL, TOP)
             entropy = none
             if entropy_ptr is not None:
                 entropy = tl.load(entropy_ptr + i, mask=ok, other=0.0)
