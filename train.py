@@ -11,7 +11,8 @@ This file is the algorithm: MENTOR (arXiv 2510.18383, whose own settings are --p
     A          of an episode: 0.7, 0.2 and 0.1 times those terms, each less its group's mean and over its group's std;
                then normalised in the same way over the step
     rho        pi / pi_old of a token, with pi_old the student before the step's first update; 1 in that update
-    b          pi_old / pi_rollout of the token, where the sampler's arithmetic differs from the trainer's
+    b          pi_old / pi_rollout of the token, where the sampler's arithmetic differs from the trainer's; both over
+               the whole vocabulary, so a --top-k or --top-p, which is not corrected, is not mistaken for it
     loss       -1/N sum of min(b, 2) min(rho A, clip(rho, 0.8, 1.28) A), over the N tokens that the student sampled in
                groups that are kept; for A < 0 the inner minimum is at least 3 A (dual clip)
 

@@ -126,9 +126,10 @@ class Config:
     temperature: float = 1.0
     """Of training rollouts; evaluation is greedy."""
     top_k: int = 0
-    """Sample from the k most likely tokens only; 0 is off, and keeps sampled and recomputed logprobs alike."""
+    """Sample from the k most likely tokens only; 0 is off. The update's logprobs are over all tokens, and nothing in it
+    makes up for those that could not be drawn."""
     top_p: float = 1.0
-    """Sample from the smallest set of tokens with this much probability; 1 is off."""
+    """Sample from the smallest set of tokens with this much probability; 1 is off. The rest as for top_k."""
     max_turns: int = 4
     """Assistant turns in an episode; a call in the last one leaves it unfinished."""
     max_new_tokens: int = 128
@@ -154,7 +155,8 @@ class Config:
     entropy: float = 0.0
     """Weight of the entropy bonus."""
     tis_cap: float = 2.0
-    """Cap of the correction for sampler and trainer disagreeing (truncated importance sampling); 0 is off."""
+    """Cap of the correction for sampler and trainer computing other logprobs of one token (truncated importance
+    sampling); 0 is off."""
     drop_mass: float = 0.0
     """Probability of each token that the head's gradient may leave out, to skip the tiles of the vocabulary that hold
     it; 0 is exact. Triton's kernels only; not yet timed on a GPU."""

@@ -119,7 +119,9 @@ class Rollout:
     sampled: torch.Tensor
     """bool [T]: True exactly where the student sampled the token; recorded when it happens, never inferred."""
     behaviour_logp: torch.Tensor
-    """float32 [T]: logprob of the token under the distribution that it was sampled from; valid where `sampled`."""
+    """float32 [T]: the sampler's logprob of the token at its temperature, over the whole vocabulary; valid where
+    `sampled`. With top_k or top_p it is not that of the tokens that were left to draw from: the update computes the
+    whole distribution, so the importance weight exp(old - behaviour) is 1 where both agree, and not the mass kept."""
     prompt_length: int
     calls: tuple[ToolCall, ...]
     turns: int

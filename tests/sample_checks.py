@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ class SampleCase:
     logits_BV: torch.Tensor
     uniform_B: torch.Tensor
     temperature: float = 1.0
+    cut: dict = field(default_factory=dict)
+    """top_k and top_p."""
 
 
 def exponentials(uniform_B: torch.Tensor, columns: int) -> torch.Tensor:
@@ -100,10 +102,36 @@ def sample_cases(dtype: torch.dtype, block: int) -> list[SampleCase]:
     return cases
 
 
+def cut_cases(dtype: torch.dtype, block: int) -> list[SampleCase]:
+    """Races of the likeliest tokens alone, in rows of several blocks; the last has many that are equally likely."""
+    make = torch.Generator().manual_seed(1)
+    logits_BV = (torch.randn(6, 2 * block + 37, generator=make) * 3).to(dtype)
+    ties_BV = logits_BV.float().round().clamp(max=8).to(dtype)
+    options = [dict(top_k=2), dict(top_p=0.8), dict(top_k=20, top_p=0.9), dict(top_k=1), dict(top_k=10**6)]
+    cases = [
+        SampleCase(f"{cut} at {temperature}", logits_BV, uniforms(6, make), temperature, cut)
+        for cut in options
+        for temperature in (0.5, 3.0)
+    ]
+    return [
+        *cases,
+        SampleCase("a cut has no meaning for a greedy one", logits_BV, uniforms(6, make), 0.0, dict(top_k=5)),
+        SampleCase("ties at the cut", ties_BV, uniforms(6, make), 1.0, dict(top_k=3)),
+    ]
+
+
+def kept(logits_BV: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+    """Which tokens race: of the top_k those of the smallest set with top_p; and what is as likely as the last."""
+    best_BK = logits_BV.double().sort(-1, descending=True).values[:, : top_k or None]
+    p_BK = (best_BK / temperature).softmax(-1)
+    count_B = (p_BK.cumsum(-1) - p_BK < top_p).sum(-1) if top_p < 1 else torch.full((len(best_BK),), best_BK.shape[1])
+    return logits_BV.double() >= best_BK.gather(1, count_B[:, None] - 1)
+
+
 def check_sample(operator: Callable, case: SampleCase, device: str = "cpu") -> None:
-    """`operator(logits, uniform, temperature=) -> (token, logprob)` against float64 of the same logits."""
+    """`operator(logits, uniform, temperature=, **cut) -> (token, logprob)` against float64 of the same logits."""
     with poisoned_memory():
-        found = operator(case.logits_BV.to(device), case.uniform_B.to(device), temperature=case.temperature)
+        found = operator(case.logits_BV.to(device), case.uniform_B.to(device), temperature=case.temperature, **case.cut)
     token_B, logprob_B = (x.cpu() for x in found)
     B, V = case.logits_BV.shape
     assert (token_B.dtype, logprob_B.dtype, token_B.shape, logprob_B.shape) == (torch.int64, torch.float32, (B,), (B,))
@@ -116,6 +144,8 @@ def check_sample(operator: Callable, case: SampleCase, device: str = "cpu") -> N
         assert torch.equal(token_B, first_B), f"{case.name}: not the first of the largest"
     else:
         score_BV = want_BV - exponentials(case.uniform_B, V).log()
+        if case.cut:
+            score_BV[~kept(case.logits_BV, case.temperature, **case.cut)] = -math.inf
         assert bool((want_BV.gather(1, at_B1) > -math.inf).all()), f"{case.name}: a token of probability 0"
         behind_B = score_BV.amax(-1) - score_BV.gather(1, at_B1)[:, 0]
         assert float(behind_B.max()) <= SLACK, f"{case.name}: the token lost its race by {float(behind_B.max()):.1e}"

@@ -94,8 +94,10 @@ def test_greedy_multi_turn_equals_a_plain_forward_token_for_token(student):
                 assert s.logp[t] == pytest.approx(logits.log_softmax(-1)[s.ids[t]].item(), abs=1e-4)
 
 
-def test_sampled_logprobs_are_those_of_a_plain_forward_at_the_temperature(student):
-    for s in generate(student, prompts(student), sampling=Sampling(temperature=0.7)):
+@pytest.mark.parametrize("cut", [{}, dict(top_k=20), dict(top_p=0.9), dict(top_k=20, top_p=0.9)], ids=str)
+def test_sampled_logprobs_are_those_of_a_plain_forward_at_the_temperature(student, cut):
+    """Over the whole vocabulary, also where only the likeliest tokens could be drawn."""
+    for s in generate(student, prompts(student), sampling=Sampling(0.7, **cut)):
         for t, sampled in enumerate(s.sampled):
             if sampled:
                 logp = (plain_logits(student, s.ids[:t]) / 0.7).log_softmax(-1)

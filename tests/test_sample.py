@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from mentor_kernels import sample
 from mentor_kernels.sample import BLOCK, SampleOut, _sample, _seeds, noise
-from sample_checks import SampleCase, check_sample, exponentials, sample_cases, uniforms
+from sample_checks import SampleCase, check_sample, cut_cases, exponentials, sample_cases, uniforms
 
 MODULE = sys.modules["mentor_kernels.sample"]
 triton_sample = partial(sample, backend="triton")
@@ -118,6 +118,18 @@ def test_the_kernel_against_float64_in_bf16(i):
     check_sample(triton_sample, sample_cases(torch.bfloat16, BLOCK)[i], "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_cut_in_torch_against_float64(dtype):
+    for case in cut_cases(dtype, 384):
+        check_sample(torch_sample, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_cut_in_the_kernel_against_float64(kernel_device, dtype):
+    for case in cut_cases(dtype, BLOCK):
+        check_sample(triton_sample, case, kernel_device)
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32 - 1), columns=st.integers(1, 700), size=st.floats(0, 30),
@@ -147,7 +159,7 @@ def test_the_race_by_hand(draw):
     assert logprob_B.tolist() == pytest.approx([math.log(0.3), math.log(0.5)], abs=1e-6)
 
 
-def test_temperature_and_truncation_change_the_reported_logprob(draw):
+def test_the_reported_logprob_is_that_of_the_temperature_and_of_all_tokens(draw):
     logits = torch.log(torch.tensor([[0.5, 0.1, 0.3, 0.1]]))
     squares = [0.25, 0.01, 0.09, 0.01]
 
@@ -158,10 +170,10 @@ def test_temperature_and_truncation_change_the_reported_logprob(draw):
     assert one(0.45) == (3, math.log(0.1))
     assert one(0.65) == (2, math.log(0.3))
     assert one(0.65, temperature=0.5) == (0, math.log(0.25 / sum(squares)))
-    assert one(0.45, top_k=2) == (0, math.log(0.5 / 0.8))
-    assert one(0.65, top_p=0.79) == (2, math.log(0.3 / 0.8))
-    assert one(0.65, temperature=0.5, top_k=2) == (0, math.log(0.25 / 0.34))
-    assert one(0.7, temperature=0.5, top_k=2) == (2, math.log(0.09 / 0.34))
+    assert one(0.45, top_k=2) == (0, math.log(0.5))
+    assert one(0.65, top_p=0.79) == (2, math.log(0.3))
+    assert one(0.65, temperature=0.5, top_k=2) == (0, math.log(0.25 / sum(squares)))
+    assert one(0.7, temperature=0.5, top_k=2) == (2, math.log(0.09 / sum(squares)))
     assert one(0.65, temperature=0) == (0, math.log(0.5))
 
 
@@ -179,9 +191,7 @@ def test_what_truncation_keeps_by_its_definition(row, top_k, top_p):
     p = logits[0, order].softmax(0)
     # All together may round to 1 before the last.
     kept = [v for i, v in enumerate(order) if i == 0 or top_p == 1 or float(p.cumsum(0)[i] - p[i]) < top_p]
-    found = MODULE._truncate(logits, top_k, top_p)[0]
-    assert (found > -torch.inf).tolist() == [x >= logits[0, kept[-1]].item() for x in logits[0].tolist()]
-    assert torch.equal(found[found > -torch.inf], logits[0][found > -torch.inf])
+    assert MODULE.least_logits(logits, 1.0, top_k, top_p).item() == logits[0, kept[-1]].item()
 
 
 def test_truncation_leaves_a_nan_to_the_row_that_has_it():
@@ -280,4 +290,5 @@ def test_the_kernels_blocks_cannot_matter(kernel_device, block, monkeypatch):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_operator_is_what_it_says_to_the_compiler(kernel_device, backend):
     logits, uniform = (x.to(kernel_device) for x in some(300))
-    torch.library.opcheck(_sample, (logits, uniform, 1.0, backend))
+    torch.library.opcheck(_sample, (logits, uniform, None, 1.0, backend))
+    torch.library.opcheck(_sample, (logits, uniform, logits.amax(1) - 1, 1.0, backend))

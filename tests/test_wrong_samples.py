@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from sample_checks import check_sample, exponentials, sample_cases
+from sample_checks import check_sample, cut_cases, exponentials, kept, sample_cases
 
 
 def right(logits_BV, uniform_B, *, temperature, score_BV=None, noise_BV=None):
@@ -156,9 +156,9 @@ WRONG = [
 ]  # fmt: skip
 
 
-def _passes(operator) -> bool:
+def _passes(operator, cases=sample_cases) -> bool:
     try:
-        for case in sample_cases(torch.float32, BLOCK):
+        for case in cases(torch.float32, BLOCK):
             check_sample(operator, case)
     except AssertionError:
         return False
@@ -177,3 +177,49 @@ def test_the_right_one_passes():
 def test_blocks_that_are_merged_rightly_pass():
     for case in sample_cases(torch.float32, BLOCK):
         check_sample(partial(merged_blocks, join=blocks_merged_rightly), case)
+
+
+# --- with top_k and top_p -------------------------------------------------------------------------------------------
+
+
+def right_cut(logits_BV, uniform_B, *, temperature, kept_BV=None, **cut):
+    if temperature == 0:
+        return right(logits_BV, uniform_B, temperature=0)
+    kept_BV = kept(logits_BV, temperature, **cut) if kept_BV is None else kept_BV
+    score_BV = logprobs(logits_BV, temperature).masked_fill(~kept_BV, -torch.inf)
+    return right(logits_BV, uniform_B, temperature=temperature, score_BV=score_BV)
+
+
+def logprob_of_what_is_left(logits_BV, uniform_B, *, temperature, **cut):
+    if temperature:
+        logits_BV = logits_BV.masked_fill(~kept(logits_BV, temperature, **cut), -torch.inf)
+    return right(logits_BV, uniform_B, temperature=temperature)
+
+
+def all_tokens_race(logits_BV, uniform_B, *, temperature, **cut):
+    return right(logits_BV, uniform_B, temperature=temperature)
+
+
+def cut_without_temperature(logits_BV, uniform_B, *, temperature, **cut):
+    return right_cut(logits_BV, uniform_B, temperature=temperature, kept_BV=kept(logits_BV, 1.0, **cut))
+
+
+def last_one_cut_as_well(logits_BV, uniform_B, *, temperature, top_k=0, **cut):
+    return right_cut(logits_BV, uniform_B, temperature=temperature, top_k=max(top_k - 1, min(top_k, 1)), **cut)
+
+
+def greedy_among_the_kept(logits_BV, uniform_B, *, temperature, **cut):
+    return right(logits_BV, uniform_B, temperature=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [logprob_of_what_is_left, all_tokens_race, cut_without_temperature, last_one_cut_as_well, greedy_among_the_kept],
+    ids=lambda f: f.__name__,
+)
+def test_wrong_cuts_are_rejected(wrong):
+    assert not _passes(wrong, cut_cases)
+
+
+def test_the_right_cut_passes():
+    assert _passes(right_cut, cut_cases)

@@ -246,7 +246,7 @@ def whole_step(own: bool) -> Variant:
 
 
 def sampling(dtype: str) -> Iterator[Variant]:
-    """A token of each row of logits: the three launches, with and without a race."""
+    """A token of each row of logits: three launches; without a race, and with all tokens or the likeliest in it."""
     pointers = {"logits_ptr": "*" + dtype, "weight_ptr": "*i64", "token_ptr": "*i64"}
     pointers |= dict.fromkeys(("seed_ptr", "first_ptr", "winner_ptr"), "*i32") | {"inverse_temperature": "fp32"}
     constants = {n: getattr(SAMPLE, n) for n in ("STRIDE", "MIX_1", "MIX_2", "ALMOST_ONE", "ONE", "UNSOUND", "BLOCK")}
@@ -254,13 +254,12 @@ def sampling(dtype: str) -> Iterator[Variant]:
     parts = {"top": (SAMPLE._block_top, SAMPLE.WARPS), "race": (SAMPLE._block_race, SAMPLE.WARPS),
              "merge": (SAMPLE._merge_blocks, SAMPLE.MERGE_WARPS)}  # fmt: skip
     for name, (kernel, warps) in parts.items():
-        types, _ = _arguments(kernel, pointers)
-        for greedy in (False, True):
+        races, may_cut = "GREEDY" in kernel.arg_names, "least_ptr" in kernel.arg_names
+        for greedy, cut in ((False, False), *([(True, False)] if races else []), *([(False, True)] if may_cut else [])):
+            types, none = _arguments(kernel, pointers, ("least_ptr",) if may_cut and not cut else ())
             fixed = {n: value for n, value in {**constants, "GREEDY": greedy}.items() if n in kernel.arg_names}
-            if greedy and "GREEDY" not in fixed:
-                continue
-            label = " ".join(["sample", dtype, name, *_marks(greedy=greedy)])
-            yield Variant(label, kernel, Launch({}, warps, 3), types, fixed, aligned=("V", "stride"))
+            label = " ".join(["sample", dtype, name, *_marks(greedy=greedy, cut=cut)])
+            yield Variant(label, kernel, Launch({}, warps, 3), types, {**none, **fixed}, aligned=("V", "stride"))
 
 
 def attention(dtype: str, width: int) -> Variant:

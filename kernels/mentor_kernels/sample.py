@@ -6,8 +6,9 @@ each token v, from a hash of u and v. The Gumbel-max trick (or exponential race)
     token   = argmax_v z_v / T - log E_v(u)      P(token = v) = exp(z_v / T) / sum over w of exp(z_w / T)
     logprob = log p_token                        at T = 0: the first of the largest z, with the logprob of T = 1
 
-top_k and top_p cut logits off before (they become -inf), and logprob is that of what is left. A row without a
-distribution (a NaN, an inf, nothing but -inf) gives token 0 and logprob NaN.
+top_k and top_p let only the likeliest tokens race; logprob is that of the whole distribution all the same, for the
+update computes that one: what differs between the two is then arithmetic, and not the probability that was left out. A
+row without a distribution (a NaN, an inf, nothing but -inf) gives token 0 and logprob NaN.
 
 Why not the inverse CDF, which needs no noise but u? Logits that differ in their last bits, because other rows were
 decoded beside them, move every boundary of a CDF, and a draw may fall on the other side of any. Here the token changes
@@ -87,14 +88,15 @@ def noise(seed_B: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _sample_torch(
-    logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float
+    logits_BV: torch.Tensor, uniform_B: torch.Tensor, least_B: torch.Tensor | None, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     logits_BV = logits_BV.float()
-    if temperature not in (0.0, 1.0):
-        logits_BV = logits_BV / temperature
-    logp_BV = logits_BV.log_softmax(-1)
+    logp_BV = (logits_BV if temperature in (0.0, 1.0) else logits_BV / temperature).log_softmax(-1)
     if temperature:
-        token_B1 = (logp_BV - noise(_seeds(uniform_B), logp_BV.shape[1]).log_()).argmax(-1, keepdim=True)
+        score_BV = logp_BV - noise(_seeds(uniform_B), logp_BV.shape[1]).log_()
+        if least_B is not None:
+            score_BV.masked_fill_(logits_BV < least_B[:, None], float("-inf"))
+        token_B1 = score_BV.argmax(-1, keepdim=True)
     else:
         token_B1 = logits_BV.argmax(-1, keepdim=True)
     # A NaN anywhere makes the whole row's logprobs NaN.
@@ -102,19 +104,19 @@ def _sample_torch(
     return token_B1.masked_fill(logp_B1.isnan(), 0)[:, 0], logp_B1[:, 0]
 
 
-def _truncate(logits_BV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Keep the top_k tokens, then the smallest set with probability top_p; the rest become -inf.
+def least_logits(logits_BV: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """The smallest logit that races in each row, float32 [B]: of the top_k, those of the smallest set with top_p.
 
     With both, only the top_k are sorted, not the vocabulary. Tokens as likely as the last one kept are kept too.
     """
     V = logits_BV.shape[-1]
-    best_BK = logits_BV.topk(min(top_k or V, V)).values
+    best_BK = logits_BV.topk(min(top_k or V, V)).values.float()
     last_B1 = best_BK[:, -1:]
     if top_p < 1:
-        p_BK = best_BK.float().softmax(-1)
+        p_BK = (best_BK / temperature).softmax(-1)
         within_BK = p_BK.cumsum(-1) - p_BK < top_p
         last_B1 = best_BK.gather(1, within_BK.sum(1, keepdim=True).clamp(min=1) - 1)  # none is within if one is NaN
-    return logits_BV.masked_fill(logits_BV < last_B1, float("-inf"))
+    return last_B1[:, 0].contiguous()
 
 
 # --- the Triton backend: one program a block of a row ---------------------------------------------------------------
@@ -171,21 +173,23 @@ def _block_top(logits_ptr, top_ptr, first_ptr, V, stride, UNSOUND: tl.constexpr,
 
 @triton.jit
 def _block_race(
-    logits_ptr, seed_ptr, top_ptr, first_ptr, weight_ptr, best_ptr, winner_ptr, V, stride, inverse_temperature,
-    GREEDY: tl.constexpr, ONE: tl.constexpr, STRIDE: tl.constexpr, MIX_1: tl.constexpr, MIX_2: tl.constexpr,
-    ALMOST_ONE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    logits_ptr, seed_ptr, least_ptr, top_ptr, first_ptr, weight_ptr, best_ptr, winner_ptr, V, stride,
+    inverse_temperature, GREEDY: tl.constexpr, ONE: tl.constexpr, STRIDE: tl.constexpr, MIX_1: tl.constexpr,
+    MIX_2: tl.constexpr, ALMOST_ONE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program: a block's sum of weights, and who wins its race."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     top, _, _ = _row_top(top_ptr, first_ptr, row, tl.num_programs(1), BLOCKS)
     v_B = block * BLOCK + tl.arange(0, BLOCK)
-    z_B = tl.load(logits_ptr + row * stride + v_B, mask=v_B < V, other=float("-inf")).to(tl.float32)
-    z_B = (tl.where(z_B == z_B, z_B, 0.0) - top) * inverse_temperature
+    x_B = tl.load(logits_ptr + row * stride + v_B, mask=v_B < V, other=float("-inf")).to(tl.float32)
+    z_B = (tl.where(x_B == x_B, x_B, 0.0) - top) * inverse_temperature
     to = row * tl.num_programs(1) + block
     tl.store(weight_ptr + to, tl.sum((tl.minimum(tl.exp(z_B), 1.0) * ONE).to(tl.int64)))
     if not GREEDY:
         seed = tl.load(seed_ptr + row)
         score_B = z_B - _log_noise(seed, v_B, STRIDE, MIX_1, MIX_2, ALMOST_ONE)
+        if least_ptr is not None:
+            score_B = tl.where(x_B < tl.load(least_ptr + row), float("-inf"), score_B)
         best = tl.max(score_B)
         tl.store(best_ptr + to, best)
         tl.store(winner_ptr + to, tl.min(tl.where(score_B == best, v_B, V)))
@@ -217,7 +221,7 @@ def _merge_blocks(
 
 
 def _sample_triton(
-    logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float
+    logits_BV: torch.Tensor, uniform_B: torch.Tensor, least_B: torch.Tensor | None, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As _sample_torch, without a host sync."""
     B, V = logits_BV.shape
@@ -236,7 +240,7 @@ def _sample_triton(
     with torch.cuda.device_of(logits_BV):
         _block_top[(B, blocks)](rows_BV, top_BK, first_BK, *sizes, UNSOUND=UNSOUND, BLOCK=BLOCK, num_warps=WARPS)
         _block_race[(B, blocks)](
-            rows_BV, _seeds(uniform_B), top_BK, first_BK, weight_BK, best_BK, winner_BK, *sizes, inverse,
+            rows_BV, _seeds(uniform_B), least_B, top_BK, first_BK, weight_BK, best_BK, winner_BK, *sizes, inverse,
             **fixed, **noise_of, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
         _merge_blocks[(B,)](
@@ -256,14 +260,14 @@ def padded_blocks(blocks: int) -> int:
 
 @torch.library.custom_op("mentor_kernels::sample", mutates_args=())
 def _sample(
-    logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, backend: str
+    logits_BV: torch.Tensor, uniform_B: torch.Tensor, least_B: torch.Tensor | None, temperature: float, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     draw = _sample_triton if backend == "triton" else _sample_torch
-    return draw(logits_BV, uniform_B, temperature)
+    return draw(logits_BV, uniform_B, least_B, temperature)
 
 
 @_sample.register_fake
-def _(logits_BV, uniform_B, temperature, backend):
+def _(logits_BV, uniform_B, least_B, temperature, backend):
     B = logits_BV.shape[0]
     return logits_BV.new_empty(B, dtype=torch.int64), logits_BV.new_empty(B, dtype=torch.float32)
 
@@ -280,7 +284,7 @@ def sample(
     top_p: float = 1.0,
     backend: str | None = None,
 ) -> SampleOut:
-    """One token of each row, and its logprob under the distribution that it was drawn from.
+    """One token of each row, and its logprob at this temperature, before top_k and top_p.
 
     logits_BV is float32, bfloat16 or float16, any B (0 too), V up to 2^22. uniform_B, float32 or float64 in [0, 1),
     names each row's noise by its first 32 bits; a value outside counts as the nearest inside. Temperature 0 is greedy,
@@ -294,11 +298,10 @@ def sample(
     backend = resolve_backend(backend, logits_BV.device)
     if backend == "triton" and interpreted() and logits_BV.dtype is torch.bfloat16:
         raise ValueError("Triton's interpreter computes garbage from bfloat16; use float32, or backend='torch'")
-    if temperature and (top_k or top_p < 1):
-        logits_BV = _truncate(logits_BV.float() / temperature, top_k, top_p)
-        temperature = 1.0
-    uniform_B = uniform_B.double().clamp(0, 1 - 2**-53)
-    return SampleOut(*_sample(logits_BV.detach(), uniform_B, float(temperature), backend))
+    logits_BV, uniform_B = logits_BV.detach(), uniform_B.double().clamp(0, 1 - 2**-53)
+    cut = temperature and (top_k or top_p < 1)
+    least_B = least_logits(logits_BV, temperature, top_k, top_p) if cut else None
+    return SampleOut(*_sample(logits_BV, uniform_B, least_B, float(temperature), backend))
 
 
 def _check(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, top_k: int, top_p: float) -> None:
