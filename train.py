@@ -26,7 +26,7 @@ It is GRPO, with these differences from the textbook:
  3. Each reward term is normalised within its group before they are added (GDPO), so that a rare term is still heard.
     Groups in which nothing varies teach nothing: they are counted and dropped before the student's forward.
  4. The loss is averaged over all sampled tokens of the kept groups (DAPO), with a higher upper clip and no KL by
-    default.
+    default. With --beta it is the KL to the student as RL begins, after its cold start.
  5. Rollouts come from a merged copy of the weights. What the trainer's own forward disagrees with is corrected by
     truncated importance sampling, and logged on every step.
  6. A group's prompt, and the text that describes the tools, are computed once, in sampling and in training alike.
@@ -107,6 +107,9 @@ def cold_start(run: Run) -> None:
     optimizer = make_optimizer(run.student.trainable(), c)
     for metrics in sft.cold_start(run.student, optimizer, rollouts, c, run.guard):
         run.log.step(metrics)
+    if c.beta:  # what it has just learned is not to be pulled back
+        run.student.keep_reference()
+        run.log.note("the KL's reference is the student as this cold start leaves it")
 
 
 def support_of(run: Run) -> float:

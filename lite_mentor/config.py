@@ -148,7 +148,8 @@ class Config:
     clip: tuple[float, float] = (0.2, 0.28)
     """The ratio is clipped to [1 - low, 1 + high]."""
     beta: float = 0.0
-    """Weight of the KL to the reference (the student with its adapters off); 0 skips its forward."""
+    """Weight of the KL to the reference, which is the student as RL begins: after the cold start, or without one with
+    its adapters off; 0 skips its forward."""
     kl: Literal["k1", "k2", "k3", "exact"] = "k3"
     """That KL, estimated from the sampled token, or exact: over the whole vocabulary, for one GEMM of the head more.
     k1, k2 and k3 differ in the value that is logged; the gradient is the KL's own for all of them."""

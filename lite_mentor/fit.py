@@ -70,7 +70,8 @@ def prove_fit(student: Student, config: Config) -> str:
     """Forward and backward of the fullest row; returns a sentence with the peak memory so far.
 
     Weights and generators stay as they are. The engine's cache is allocated after it, from what it leaves; AdamW's two
-    moments of the adapters (8 bytes a parameter) come on top. Raises UserError when it does not fit.
+    moments of the adapters (8 bytes a parameter), and the reference's adapters where it has some (4), come on top.
+    Raises UserError when it does not fit.
     """
     batch = fullest_row(config, student.config.vocab_size)
     try:

@@ -77,10 +77,12 @@ class Run:
         optimizer, optimizer_state = checkpoint.pack_optimizer(self.optimizer)
         rng, rng_state = checkpoint.rng_state()
         state = {"optimizer": optimizer_state, "rng": rng_state, "log": self.log.position()}
+        tensors = {"adapter": self.student.adapter_state(), "optimizer": optimizer, "rng": rng}
+        reference = self.student.reference_state()
         checkpoint.save(
             self.out,
             step,
-            tensors={"adapter": self.student.adapter_state(), "optimizer": optimizer, "rng": rng},
+            tensors=tensors | ({"reference": reference} if reference else {}),
             state=state
             | {"refused_in_a_row": self.guard.in_a_row, "config": self.config.asdict(), "identity": self.identity()},
             keep=2,
@@ -105,6 +107,8 @@ class Run:
             return None
         self._check_that_it_is_ours(found)
         self.student.load_adapter_state(found.tensors["adapter"])
+        if "reference" in found.tensors:
+            self.student.keep_reference(found.tensors["reference"])
         checkpoint.unpack_optimizer(self.optimizer, found.tensors["optimizer"], found.state["optimizer"])
         checkpoint.restore_rng(found.tensors["rng"], found.state["rng"])
         self.log.rewind(found.state["log"])

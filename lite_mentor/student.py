@@ -1,7 +1,7 @@
 """The student: a frozen base with LoRA adapters, its reference policy, and the weights that rollouts sample from.
 
     hidden(...)           base + adapters, with gradients                             what is trained
-    reference()           the same model with its adapters off, no second copy        what it is compared with
+    reference()           the same with earlier adapters, or with none: no second base     what it is compared with
     rollout_hidden(...)   a dense twin: dequant(base) + scaling B A, rounded once     what is sampled
 
 The base is never written to. The twin is computed afresh from the frozen base and the float32 adapters after every
@@ -76,6 +76,7 @@ class Student:
         if isinstance(self.base.get_output_embeddings(), LoraLayer):
             raise UserError("The student's head has an adapter; the fused loss needs a frozen head, so leave it out.")
         self._adapter = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._reference: dict[str, torch.Tensor] = {}
         merged = rollout_weights == "merged" or (rollout_weights == "auto" and twin_fits(self.base))
         layers, groups = dict(adapted_layers(self.base)), self._same_input()
         self._rollout = RolloutWeights(self.base, groups if merged else None)
@@ -125,9 +126,40 @@ class Student:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Adapters off: inside, `hidden` is the reference policy's."""
-        with self.model.disable_adapter():
+        """Inside, `hidden` is the reference policy's: with the adapters of `keep_reference`, or with none.
+
+        Kept ones change places with the trained ones, in place: autograd raises at a backward whose forward was before.
+        """
+        if not self._reference:
+            with self.model.disable_adapter():
+                yield
+            return
+        self._exchange_adapters()
+        try:
             yield
+        finally:
+            self._exchange_adapters()
+
+    @torch.no_grad()
+    def _exchange_adapters(self) -> None:
+        for name, kept in self._reference.items():
+            held = kept.clone()
+            kept.copy_(self._adapter[name])
+            self._adapter[name].copy_(held)
+        self._lora.refresh()
+
+    def keep_reference(self, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Make a copy of these adapters, by default those it has now, the reference: 4 bytes a parameter.
+
+        Raises UserError when they belong to another model.
+        """
+        state = self.adapter_state() if state is None else state
+        self._check_adapters(state)
+        self._reference = {name: tensor.to(self.device, copy=True) for name, tensor in state.items()}
+
+    def reference_state(self) -> dict[str, torch.Tensor]:
+        """The reference's adapters by name; empty where it has none. The live tensors, as of `adapter_state`."""
+        return dict(self._reference)
 
     def trainable(self) -> list[nn.Parameter]:
         """The adapters' parameters, float32, in a fixed order."""
@@ -139,12 +171,15 @@ class Student:
 
     def load_adapter_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put adapters back and refresh the rollout weights. Raises UserError when they belong to another model."""
+        self._check_adapters(state)
+        for name, tensor in self.adapter_state().items():
+            tensor.copy_(state[name])
+        self.refresh_rollout_weights()
+
+    def _check_adapters(self, state: Mapping[str, torch.Tensor]) -> None:
         mine = self.adapter_state()
         if {n: (t.shape, t.dtype) for n, t in mine.items()} != {n: (t.shape, t.dtype) for n, t in state.items()}:
             raise UserError("The adapters were made for another student or another --lora-rank; use theirs.")
-        for name, tensor in mine.items():
-            tensor.copy_(state[name])
-        self.refresh_rollout_weights()
 
     def save_adapter(self, path: Path) -> None:
         """Write the adapters to the folder `path` in PEFT's own format, as safetensors. UserError when it cannot be."""

@@ -106,10 +106,27 @@ def test_a_step_along_the_gradient_raises_what_was_good(student):
 
 def test_the_reference_is_the_student_with_its_adapters_off(student):
     row = pack(episodes(), ADVANTAGES, 100)[0]
-    config = dataclasses.replace(CONFIG, beta=0.1)
+    config = dataclasses.replace(CONFIG, beta=0.1, tis_cap=0.0)  # what "sampled" these rows was no policy
     assert batch_loss(student, row, config).metrics["kl"].item() > 1e-4
     fresh = load_student("tiny", quant="none", dtype="fp32", lora_rank=4, lora_alpha=8)  # its adapters add nothing yet
     assert batch_loss(fresh, row, config).metrics["kl"].item() == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3", "exact"])
+def test_the_student_is_no_distance_from_a_reference_that_was_just_kept(kl):
+    student = load_student("tiny", quant="none", dtype="fp32", lora_rank=4, lora_alpha=8)
+    row = pack(episodes(), ADVANTAGES, 100)[0]
+    config = dataclasses.replace(CONFIG, beta=0.1, kl=kl, tis_cap=0.0)
+    kls = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        for parameter in student.trainable():
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+        if seed == 0:
+            student.keep_reference()
+        kls.append(batch_loss(student, row, config).metrics["kl"].item())
+    assert kls[0] == 0
+    assert abs(kls[1]) > 1e-4
 
 
 def test_metrics_of_rows_combine_to_those_of_the_step(student):

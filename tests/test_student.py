@@ -119,6 +119,53 @@ def test_the_reference_is_the_model_without_adapters():
     assert all(p.grad is not None for p in student.trainable())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("quant", "dtype"), KINDS)
+def test_a_reference_that_was_kept_is_the_student_as_it_was(quant, dtype, checkpointing):
+    student = tiny(quant, dtype, gradient_checkpointing=checkpointing)
+    train(student)
+    student.keep_reference()
+    then, before = hidden(student).detach(), {n: t.clone() for n, t in student.adapter_state().items()}
+    train(student, seed=1)
+    student.refresh_rollout_weights()
+    now, rollout = hidden(student), hidden(student, student.rollout_hidden)
+    now.float().square().sum().backward()
+    clean = [p.grad.clone() for p in student.trainable()]
+    student.model.zero_grad()
+    with torch.no_grad(), student.reference():
+        assert torch.equal(hidden(student), then)
+    with pytest.raises(KeyError), student.reference():
+        raise KeyError
+    assert torch.equal(hidden(student, student.rollout_hidden), rollout)
+    after = hidden(student)
+    assert torch.equal(after, now)
+    assert not torch.allclose(after, then, atol=1e-2)
+    after.float().square().sum().backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(student.trainable(), clean, strict=True))
+    kept = student.reference_state()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in before.items())
+    again = tiny(quant, dtype)
+    again.keep_reference(kept)
+    with again.reference():
+        assert torch.equal(hidden(again), then)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_backward_through_the_exchange_of_adapters_is_refused(dtype):
+    student = tiny(dtype=dtype)
+    student.keep_reference()
+    out = hidden(student)
+    with student.reference():
+        pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_reference_of_another_student_is_refused():
+    with pytest.raises(UserError, match="another --lora-rank"):
+        tiny().keep_reference(tiny(lora_rank=4).adapter_state())
+
+
 def test_a_seed_decides_the_adapters_and_nothing_else():
     torch.manual_seed(5)
     expected = torch.rand(3)

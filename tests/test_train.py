@@ -130,6 +130,42 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(straight, tmp_path, monke
     assert same[0] == same[1]
 
 
+def test_the_kl_is_to_the_student_after_its_cold_start_also_in_a_resumed_run(tmp_path, monkeypatch):
+    flags = ("--steps", "3", "--save-every", "1", "--eval-suites", "validation", "--beta", "0.1", "--lr", "1e-3",
+             "--warmup", "0", "--temperature", "1.5")  # fmt: skip
+    straight, out = tmp_path / "straight", tmp_path / "stopped"
+    assert run(straight, *flags) == 0
+    kls = [m["kl"] for m in rows(straight / "metrics.jsonl") if m["phase"] == "rl"]
+    assert kls[0] == 0
+    assert kls[2] > 1e-3
+    kept = load_file(straight / "checkpoints" / "step-000003" / "reference.safetensors")
+    learned = load_file(straight / "cold_start" / "adapter_model.safetensors")
+    assert kept
+    assert all(torch.equal(tensor, learned[name.replace(".default.", ".")]) for name, tensor in kept.items())
+    real = train.train_step
+
+    def interrupted(run, step):
+        metrics = real(run, step)
+        signal.raise_signal(signal.SIGINT)
+        return metrics
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert run(out, *flags) == 130
+    monkeypatch.undo()
+    shutil.rmtree(out / "cold_start")  # the checkpoint alone decides
+    assert train.main(["--resume", str(out)]) == 0
+    for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
+        assert rows(straight / name) == rows(out / name), name
+
+
+@pytest.mark.parametrize("flags", [("--sft-steps", "0", "--beta", "0.1"), ("--sft-steps", "1")], ids=str)
+def test_no_reference_is_kept_without_a_cold_start_or_without_a_kl(tmp_path, capsys, flags):
+    out = tmp_path / "run"
+    assert run(out, "--steps", "1", "--eval-suites", "validation", "--eval-size", "2", *flags) == 0
+    assert "KL's reference" not in capsys.readouterr().out
+    assert not list(out.glob("checkpoints/*/reference.safetensors"))
+
+
 def test_a_run_that_stops_in_its_first_evaluation_keeps_the_cold_start(straight, tmp_path, monkeypatch):
     def stops(*_, **__):
         raise KeyboardInterrupt
