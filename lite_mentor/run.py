@@ -245,7 +245,7 @@ def training_examples(config: Config, out: Path, note: Callable[[str], None]) ->
     """The examples of which the teacher has usable records, in the order of this run's seed; and the cache."""
     examples = load_task(
         config.task, split="train", size=config.train_size, seed=0, levels=config.levels,
-        quarantine=out / "quarantine.jsonl",
+        quarantine=out / "quarantine.jsonl", note=note,
     )  # fmt: skip
     teacher = open_teacher(config, examples, note)
     examples = teacher.usable(examples)

@@ -64,7 +64,7 @@ def test_a_row_becomes_an_example(read):
         (444, ("444",), "math"),
         (-1.5, ("-1.5",), "math"),
         ("1,234.5", ("1,234.5",), "math"),
-        (["3", "three"], ("3", "three"), "text"),
+        (["3", "a few"], ("3", "a few"), "math"),
         (" Paris ", ("Paris",), "text"),
     ],
 )

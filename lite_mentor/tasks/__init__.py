@@ -17,7 +17,8 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -60,15 +61,37 @@ def load_suite(name: str, *, split: Split, size: int, seed: int, levels: Sequenc
 
 
 def load_task(
-    task: str, *, split: Split, size: int, seed: int, levels: Sequence[int] | None, quarantine: Path
+    task: str,
+    *,
+    split: Split,
+    size: int,
+    seed: int,
+    levels: Sequence[int] | None,
+    quarantine: Path,
+    note: Callable[[str], None] | None = None,
 ) -> list[Example]:
-    """One split of a built-in suite, or of the user's own file, where a hash of the content holds out a tenth each."""
+    """One split of a built-in suite, or of the user's own file, where a hash of the question holds out a tenth each.
+
+    Of a file no more than its first `size` examples are used; `note` is told of those that are not.
+    """
     if not task.endswith((".jsonl", ".parquet")):
         return load_suite(task, split=split, size=size, seed=seed, levels=levels)
     from lite_mentor.tasks.jsonl import read_tasks
 
-    examples = read_tasks(Path(task), quarantine=quarantine)
-    return [example for example in examples if split_of(example.key, ()) == split][:size]
+    rows = read_tasks(Path(task), quarantine=quarantine)
+    examples = [example for example in rows if split_of(same_question(example.question).casefold(), ()) == split]
+    if note and len(examples) > size:
+        flag = "--train-size" if split == "train" else "--eval-size"
+        note(
+            f"{task}: the first {size} of {len(examples)} examples for {split} are used and {len(examples) - size} are "
+            f"not; raise {flag} to use more"
+        )
+    return examples[:size]
+
+
+def same_question(text: str) -> str:
+    """Questions with equal results differ in spaces and composed characters alone."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def split_of(template: str, numbers: Sequence[Any]) -> Split:

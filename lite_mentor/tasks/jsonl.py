@@ -8,7 +8,8 @@ Ours:
     answer    text, a number, or a list of them: any one counts as right
     tools     names of built-in calculators, `python` (runs code that the student writes), or `module:function` of
               functions of yours with type hints and docstring
-    checker   optional, "math" or "text" (see types.Example); "math" when every answer is a number, else "text"
+    checker   optional, "math" or "text" (see types.Example); "math" when any answer is a number or a formula, for it
+              compares words as "text" does; else "text"
     suite     optional, a name for the statistics; the file's name when absent
 
 A module named in `tools` is imported here, to read the function's signature; calls of it run in a worker process.
@@ -25,19 +26,18 @@ import importlib
 import json
 import logging
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lite_mentor.errors import UserError
-from lite_mentor.tasks import make_example
+from lite_mentor.judge import MAX_ANSWER_CHARS, is_correct, is_mathematics
+from lite_mentor.tasks import make_example, same_question
 from lite_mentor.tools import calculator_tools, tool_spec
 from lite_mentor.types import Example, ToolSpec
 
 MAX_BAD_SHARE = 0.05
 _KEYS = {"question", "answer", "tools", "checker", "suite"}
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?", re.I)
 
 _log = logging.getLogger(__name__)
 
@@ -57,31 +57,57 @@ def read_tasks(path: str | Path, *, quarantine: Path) -> list[Example]:
     cannot be read, when more than 5 % of its rows are bad, and when no example is left.
     """
     path = Path(path)
-    examples: dict[str, Example] = {}
-    rejected: list[dict[str, Any]] = []
-    total = bad = 0
-    for line, row in _rows(path):
-        total += 1
+    rows = list(_rows(path))
+    examples: dict[int, Example] = {}
+    reasons: dict[int, _BadRow] = {}
+    for line, row in rows:
         try:
-            example = _example(_parse(row), suite=path.stem)
-            if example.key in examples:
-                raise _BadRow("the same question, answer and tools occurred before")
-            examples[example.key] = example
+            examples[line] = _example(_parse(row), suite=path.stem)
         except _BadRow as error:
-            bad += not isinstance(error, _Unsupported)
-            rejected.append({"line": line, "reason": _printable(str(error)), "row": _text(row)[:500]})
+            reasons[line] = error
+    reasons |= _repeated(examples)
+    total, bad = len(rows), sum(not isinstance(error, _Unsupported) for error in reasons.values())
+    rejected = [
+        {"line": line, "reason": _printable(str(reasons[line])), "row": _text(row)[:500]}
+        for line, row in rows
+        if line in reasons
+    ]
     if total == 0:
         raise UserError(f"{path} holds no tasks; write one JSON object a line, as lite_mentor/tasks/jsonl.py shows.")
     _write_quarantine(quarantine, rejected)
     if rejected:
         _log.warning("%s: %d of %d rows were set aside, see %s", path, len(rejected), total, quarantine)
-    if bad > MAX_BAD_SHARE * total or not examples:
+    kept = [example for line, example in examples.items() if line not in reasons]
+    if bad > MAX_BAD_SHARE * total or not kept:
         first = rejected[0]
         raise UserError(
             f"{path}: {len(rejected)} of {total} rows cannot be used (line {first['line']}: {first['reason']}); "
             f"put them right, all are listed in {quarantine}."
         )
-    return list(examples.values())
+    return kept
+
+
+def _repeated(examples: Mapping[int, Example]) -> dict[int, _BadRow]:
+    """Lines that ask with the same tools what another asks: both where the answers differ, else the later one.
+
+    The same tools in another order are another prompt, and no repetition.
+    """
+    first: dict[Any, int] = {}
+    reasons: dict[int, _BadRow] = {}
+    for line, example in examples.items():
+        names = [tool.name for tool in example.tools]
+        question = same_question(example.question)
+        earlier = first.setdefault((question, *sorted(names)), line)
+        if not _agree(examples[earlier], example):
+            reasons[line] = _BadRow(f"line {earlier} asks the same with the same tools and accepts another answer")
+            reasons[earlier] = _BadRow(f"line {line} asks the same with the same tools and accepts another answer")
+        elif first.setdefault((question, *names), line) != line:
+            reasons[line] = _BadRow("the same question, answer and tools occurred before")
+    return reasons
+
+
+def _agree(one: Example, other: Example) -> bool:
+    return one.answer == other.answer or any(is_correct(answer, one.answer, one.checker) for answer in other.answer)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, bytes | Mapping[str, Any]]]:
@@ -122,12 +148,22 @@ def _parse(row: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _json(text: str | bytes, what: str) -> Any:
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_distinct)
         json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except _BadRow:
+        raise
     except UnicodeError as error:
         raise _BadRow(f"{what} is not valid UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise _BadRow(f"{what} is not valid JSON") from error
+    return data
+
+
+def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _BadRow(f"the field `{next(name for name in names if names.count(name) > 1)[:40]}` is there twice")
     return data
 
 
@@ -141,14 +177,24 @@ def _example(row: Mapping[str, Any], *, suite: str) -> Example:
     if unknown:
         raise _BadRow(f"unknown field `{unknown[0][:40]}`; the fields are {', '.join(sorted(_KEYS))}")
     answers = _answers(row.get("answer"), "`answer`")
-    numeric = all(_NUMBER.fullmatch(answer) for answer in answers)
-    checker = row.get("checker") or ("math" if numeric else "text")
+    checker = row.get("checker") or ("math" if any(map(is_mathematics, answers)) else "text")
     if checker not in ("math", "text"):
         raise _BadRow('`checker` must be "math" or "text"')
     suite = row.get("suite") or suite
     if not isinstance(suite, str):
         raise _BadRow("`suite` must be text")
-    return make_example(question, answers, _tools(row.get("tools")), suite=suite, checker=checker)
+    return _checked(make_example(question, answers, _tools(row.get("tools")), suite=suite, checker=checker))
+
+
+def _checked(example: Example) -> Example:
+    """An accepted answer that is not right for itself can never be given."""
+    for answer in example.answer:
+        if not is_correct(answer, (answer,), example.checker):
+            why = (
+                f"longer than {MAX_ANSWER_CHARS} characters" if len(answer) > MAX_ANSWER_CHARS else "nothing to compare"
+            )
+            raise _BadRow(f"the accepted answer {answer[:40]!r} can never be right, for it is {why}")
+    return example
 
 
 def _answers(value: Any, name: str) -> list[str]:
@@ -223,11 +269,13 @@ def _published_example(row: Mapping[str, Any], suite: str) -> Example:
     if missing:
         raise _Unsupported(f"its tool {missing[0][:40]!r} is none of the calculators")
     source = row.get("data_source")
-    return make_example(
-        row["question"],
-        answers,
-        [ours[name] for name in dict.fromkeys(names)],
-        suite=source if isinstance(source, str) and source else suite,
+    return _checked(
+        make_example(
+            row["question"],
+            answers,
+            [ours[name] for name in dict.fromkeys(names)],
+            suite=source if isinstance(source, str) and source else suite,
+        )
     )
 
 
