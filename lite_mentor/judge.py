@@ -98,7 +98,11 @@ def is_correct(answer: str | None, gold: tuple[str, ...], checker: Literal["math
 
 def is_mathematics(accepted: str) -> bool:
     """Does this accepted answer ask for the checker `math`? A number does, and a formula; names and dates do not."""
-    return _number(accepted) is not None or (_FORMULA.search(tidy(accepted)) is not None and not _is_words(accepted))
+    if len(accepted) > MAX_CHARS:
+        return False
+    words = _WORD.findall(re.sub(r"\\[a-zA-Z]+", " ", accepted).casefold())
+    formula = _FORMULA.search(tidy(accepted)) and not any(len(word) > 2 for word in words)
+    return _number(accepted) is not None or bool(formula)
 
 
 # --- text ------------------------------------------------------------------------------------------------------
@@ -107,7 +111,7 @@ _READINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"(?<!\w)(?:\(([^(),;]*)\)|\[([^\[\],;]*)\])", r"\1\2"),  # (B); but not (0, 1) and f(x)
-        (r"^(\w{1,3})\)(?!\S)", r"\1"),  # B)
+        (r"^(\w{1,3})\)(?!\S)|^\{([^{},;]*)\}$", r"\1\2"),  # B)
         (r"(?<![\w.,])[1-9]\d{0,2}(?:,\d{3})+(?![\w,])", lambda number: number[0].replace(",", "")),
         (r"['’‘]|\.(?!\d)|\*\*|^\+(?=\.?\d)", ""),  # so that O'Brien and U.S. are one word
         (r"\^\{(\w+)\}", r"^\1"),
@@ -118,7 +122,7 @@ _READINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
     )
 )
 _PIECE = re.compile(
-    r"(?P<kept>\w+|^-\s*(?=\.?\d)|(?<!\w)-(?=\.?\w)|(?<=\w)-(?!\w)|(?<=\d):(?=\d)|\.(?=\d)|(?<=\d)!|(?<=\b[^\W\d_])!)|\S"
+    r"(?P<kept>\w+|^-\s*(?=\.?\d)|(?<!\w)-(?=-*[^\s,;:!?)-]|\.\d)|(?<=\w)-(?!\w)|(?<=\d):(?=\d)|\.(?=\d)|(?<=\d)!|(?<=\b[^\W\d_])!)|\S"
 )
 _PUNCTUATION = '-,.;:!?"“”„«»…•、。'
 
@@ -144,12 +148,13 @@ _FORMULA = re.compile(r"\^|\\(?:frac|sqrt|binom|pi|infty|log|ln|sin|cos|tan|cdot
 _PROSE = re.compile(r"(?:[^\W_]|[\s.,;:'’\"!?&°∠△)-]|(?<![^\W_])\()*")
 _WORD = re.compile(r"(?<![^\W_])[^\W\d_][^\W_]+")
 _FORMULA_WORDS = {"and", "or", "pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp"}
+_EXPONENT = re.compile(r"^([+-]?[0-9.]+)[eE]([+-]?[0-9]{1,3})$")  # math-verify reads 2e as twice Euler's number
 _CAPITALS = re.compile(r"(?<![\\a-zA-Z])[A-Z]{2,}")
 _UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}(\^\{?[23]\}?)?$|(?<=\S)(\s+[a-z]{2,}(?:[ /][a-z]+)*)$")
 
 
 def _same_mathematics(answer: str, accepted: str) -> bool:
-    same_spelling = bool(tidy(answer)) and tidy(answer) == tidy(accepted)
+    same_spelling = bool(plain(answer)) and tidy(answer) == tidy(accepted)
     expected = _number(accepted)
     if expected is not None:
         found = read(answer)
@@ -169,8 +174,9 @@ def _number(accepted: str) -> Quantity | None:
 def _is_words(accepted: str) -> bool:
     """Words, and times and ratios. Letters that stand together are a word and no product: BC is not CB."""
     text = plain(accepted)
-    words = set(_WORD.findall(text.casefold())) - _FORMULA_WORDS
-    return _PROSE.fullmatch(text) is not None and (bool(words) or re.search(r"\d:\d", text) is not None)
+    if _FORMULA.search(text) or not _PROSE.fullmatch(text):
+        return False
+    return bool(set(_WORD.findall(text.casefold())) - _FORMULA_WORDS) or re.search(r"\d:\d", text) is not None
 
 
 def _same_formula(answer: str, accepted: str) -> bool:
@@ -185,7 +191,7 @@ def _same_formula(answer: str, accepted: str) -> bool:
     points, wanted_points = sorted(_CAPITALS.findall(answer)), sorted(_CAPITALS.findall(accepted))
     if points and wanted_points and points != wanted_points:
         return False
-    return _math_verify(answer, accepted)
+    return _math_verify(_EXPONENT.sub(r"\1\\times 10^{\2}", answer), accepted)
 
 
 def _without_unit(formula: str) -> tuple[str, tuple[Unit, ...]]:

@@ -7,7 +7,7 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-from lite_mentor.units import CARDINALS, SCALES, Unit, read_units
+from lite_mentor.units import CARDINALS, SCALES, Unit, meanings_of, read_units
 
 MAX_CHARS = 400
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
@@ -92,7 +92,7 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!", ""),
         (r"\\[cdt]frac(?![a-zA-Z])", r"\\frac"),
         (r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3}(?![0-9]))", ","),
-        (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),
+        (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),
         (r"(?<!\\)\\[()\[\]]", ""),
         (r"√([0-9]+|[a-z])", r"\\sqrt{\1}"),
         (r"\^\{?\\circ\}?|\\degree(?![a-zA-Z])", "°"),
@@ -143,10 +143,12 @@ _NUMBER = re.compile(
     rf"|(?:(?P<tens>{_TENS})[\s-])?(?P<word>{'|'.join(CARDINALS)})\b)",
     re.IGNORECASE,
 )
-_SCALE = re.compile(rf"\s+({'|'.join(SCALES)})s?\b|(k|K|M|B|mn|bn|tn)(?![^\W_])", re.IGNORECASE)
+_SCALE = re.compile(rf"\s+({'|'.join(SCALES)})s?\b|((?:\s?[mbt]n|[kmb]))(?![^\W_])", re.IGNORECASE)
 _LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9, "tn": 10**12}
+_MONEY_LETTERS = _LETTERS | {"m": 10**6, "b": 10**9}
 _PERCENT = re.compile(r"\s*(?:%|(?:percent(?:age)?|per cent|pct)\b)(?:\s*points?\b)?|\s*(‰|permille\b)", re.IGNORECASE)
 _LATEX_FRACTION = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
+_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([^\W\d_]+)(?:(?:,|,? and)\s+(?=[0-9])|\s+(?=[0-9])|\.?$)")
 _NAME = re.compile(r"[^\W\d]\w*(?:_\{\w+\}|\(\w+\))?")
 _MORE_THAN_A_NAME = re.compile(r"[,;|<>≤≥≠!¬±]|\b(?:or|and|not)\b")
 
@@ -163,6 +165,8 @@ def read(text: str) -> Quantity | None:
     value = match and _value(match)
     if value is None:
         return None
+    if compound := _compound(text.strip()):
+        return compound
     rest = text.strip()[match.end() :]
     rest, scale = _scale(rest, money=bool(match["currency"]))
     percent = _PERCENT.match(rest)
@@ -180,6 +184,20 @@ def read(text: str) -> Quantity | None:
         division=match["below"] is not None and value.denominator == 1,
         rounded=bool(match["exponent"] or match["power"] or match["power2"] or scale != 1),
     )
+
+
+def _compound(text: str) -> Quantity | None:
+    """5 hours 30 minutes, 6 ft 2 in: smaller and smaller units of one dimension, as a number of the first."""
+    parts = list(_PART.finditer(text))
+    if len(parts) < 2 or "".join(part[0] for part in parts) != text:
+        return None
+    for first in meanings_of(parts[0][2]):
+        same = [[unit for unit in meanings_of(part[2]) if unit.dimension == first.dimension] for part in parts]
+        factors = [choices[0].factor for choices in same if choices]
+        if len(factors) == len(parts) and factors == sorted(set(factors), reverse=True):
+            value = sum(_decimal(part[1]) * factor for part, factor in zip(parts, factors, strict=True)) / first.factor
+            return Quantity(value, units=(first,))
+    return None
 
 
 def _without_brackets(text: str) -> str:
@@ -217,11 +235,11 @@ def _decimal(digits: str) -> Fraction:
 
 def _scale(rest: str, *, money: bool) -> tuple[str, Fraction]:
     """What follows the words that multiply: hundred thousand; and the letters: $2.5M."""
-    scale = Fraction(1)
+    scale, letters = Fraction(1), _MONEY_LETTERS if money else _LETTERS
     while match := _SCALE.match(rest):
-        letter = match[2] and ("M" if money and match[2] == "m" else match[2])
-        if letter and (scale != 1 or letter not in _LETTERS):
+        letter = (match[2] or "").strip()
+        if letter and (scale != 1 or letter not in letters):
             break
-        scale *= _LETTERS[letter] if letter else SCALES[match[1].lower()]
+        scale *= letters[letter] if letter else SCALES[match[1].lower()]
         rest = rest[match.end() :]
     return rest, scale

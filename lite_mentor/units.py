@@ -53,6 +53,7 @@ _TABLE = """
 0.000946352946 m^3: qt | quart
 0.000473176473 m^3: | pint
 + 0.001 kg: g gm | gram gramme
+1 kg: | kilo
 1000 kg: t | tonne ton
 907.18474 kg: | ton
 0.45359237 kg: lb | pound
@@ -117,7 +118,7 @@ _CHANGES = re.compile(
     rf"(?:{'|'.join([*CARDINALS, *SCALES])}|lac|score|[a-z]{{1,7}}illi(?:on|ard)|first|half|halve|third|quarter)s?"
     r"|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]{3,5}teen|[a-z]{3,5}tie|hundred|thousand|[a-z]+illion)ths?"
     r"|plus|minus|over|divided|multiplied|squared|cubed|factorial|root|mod|modulo|negative|below|under|and|not|nor|but"
-    r"|versus|except|without|twice|thrice|double|triple|percent|permille|infinity"
+    r"|milli|micro|nano|mega|giga|tera|[a-z]+fold|versus|except|without|twice|thrice|double|triple|percent|permille|infinity"
     r"|sin|cos|tan|cot|csc|log|exp|sqrt|lim|max|gcd|lcm|alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|phi|psi|omega"
 )
 _SILENT = {"of", "in", "the", "a", "an", "for", "on", "at", "by", "each", "total", "all", "unit", "units", "altogether"}
@@ -157,15 +158,17 @@ def read_units(text: str, currency: str = "") -> tuple[Unit, ...]:
             power = -1
         elif token[2]:
             word = token[2].rstrip(".")
-            meanings = _meanings(word) if parts == [] or word != "in" else []
+            meanings = meanings_of(word) if parts == [] or word != "in" else []
             if not meanings and not (_is_noun(word) and (first_is_apart or parts)):
                 return ()
             if meanings or word.lower() not in _SILENT:
                 power *= int(token[3] or token[4] or 1)
                 parts.append([_power(unit, power) for unit in meanings or [Unit(nouns=frozenset({_stem(word)}))]])
             power = 1
-    readings = [_product(choice) for choice in itertools.product(*parts)]
-    money = [unit for unit in _meanings(currency) if not any(unit.dimension <= r.dimension for r in readings)]
+    readings = [Unit()]
+    for meanings in parts:  # one by one, so that equal ones are not multiplied
+        readings = list(dict.fromkeys(map(_product, itertools.product(readings, meanings))))
+    money = [unit for unit in meanings_of(currency) if not any(unit.dimension <= r.dimension for r in readings)]
     return tuple(_product(pair) for pair in itertools.product(money or [Unit()], readings))
 
 
@@ -178,7 +181,8 @@ def _stem(word: str) -> str:
     return re.sub(r"(?:ie|e|y)$", "", word.casefold().removesuffix("s"))
 
 
-def _meanings(word: str) -> list[Unit]:
+def meanings_of(word: str) -> list[Unit]:
+    """The units that a word or a sign may be; none of a noun."""
     found = _UNITS.get(word)
     if found is None and len(word) > 1:
         found = _UNITS.get(word.lower()) or (_UNITS.get(word.lower().removesuffix("s")) if len(word) > 2 else None)

@@ -65,7 +65,26 @@ def test_a_row_becomes_an_example(read):
         (-1.5, ("-1.5",), "math"),
         ("1,234.5", ("1,234.5",), "math"),
         (["3", "a few"], ("3", "a few"), "math"),
+        (".5", (".5",), "math"),
+        ("1/2", ("1/2",), "math"),
+        (r"\frac{1}{2}", (r"\frac{1}{2}",), "math"),
+        ("$14.50", ("$14.50",), "math"),
+        ("50%", ("50%",), "math"),
+        ("−5", ("−5",), "math"),
+        ("12 km", ("12 km",), "math"),
+        ("12 apples", ("12 apples",), "math"),
+        ("x = 5", ("x = 5",), "math"),
+        ("2^10", ("2^10",), "math"),
+        (r"2\sqrt{3}", (r"2\sqrt{3}",), "math"),
         (" Paris ", ("Paris",), "text"),
+        (r"\text{Oslo}", (r"\text{Oslo}",), "text"),
+        ("12 Angry Men", ("12 Angry Men",), "text"),
+        ("2024-12-25", ("2024-12-25",), "text"),
+        ("3:30 pm", ("3:30 pm",), "text"),
+        ("1,2,3", ("1,2,3",), "text"),
+        ("C++", ("C++",), "text"),
+        ("<", ("<",), "text"),
+        ("the rule x^2 here", ("the rule x^2 here",), "text"),
     ],
 )
 def test_answers(read, answer, answers, checker):
@@ -140,6 +159,13 @@ BAD_ROWS = [
     (published(extra_info={"func_schemas": "[]"}), "`extra_info.func_schemas` is empty"),
     (published(extra_info={"func_schemas": [{"type": "function"}]}), "holds something that is not a function schema"),
     (good(1)[0], "the same question, answer and tools occurred before"),
+    ({**good(1)[0], "question": " What is  0 times 12?"}, "the same question, answer and tools occurred before"),
+    ({**good(1)[0], "answer": "0.0"}, "the same question, answer and tools occurred before"),
+    ({**GOOD, "answer": "5" * 201}, "can never be right: it is longer than 200 characters"),
+    ({**GOOD, "answer": "."}, "the accepted answer '.' can never be right: it is empty as text"),
+    ({**GOOD, "answer": ["4", r"\text{}"]}, "can never be right: it is empty as text"),
+    (published(reward_model={"ground_truth": "$" * 201}), "can never be right: it is longer than 200 characters"),
+    (b'{"question": "a", "answer": "4", "answer": "5", "tools": ["add"]}', "the field `answer` is there twice"),
 ]
 
 
@@ -150,6 +176,21 @@ def test_a_bad_row_is_set_aside_with_its_line_and_reason(read, quarantined, row,
     assert rejected["line"] == 31
     assert reason in rejected["reason"]
     assert len(rejected["row"]) <= 500
+
+
+def test_rows_that_contradict_each_other_are_all_set_aside(read, quarantined):
+    rows = [{**row, "tools": ["add", "multiply"]} for row in good(100)]
+    rows += [{**rows[5], "answer": "61"}, {**rows[7], "answer": "9", "tools": ["multiply", "add"]}]
+    assert [e.question for e in read(rows)] == [row["question"] for n, row in enumerate(rows[:100]) if n not in (5, 7)]
+    assert [(row["line"], row["reason"]) for row in quarantined()] == [
+        (line, f"line {other} asks the same with the same tools and accepts another answer")
+        for line, other in ((6, 101), (8, 102), (101, 6), (102, 8))
+    ]
+
+
+def test_the_same_question_with_other_tools_or_in_another_order_is_another_example(read):
+    rows = [{**GOOD, "tools": tools} for tools in (["add"], ["add", "multiply"], ["multiply", "add"])]
+    assert len(read([*rows, {**GOOD, "answer": 12, "tools": ["sqrt"]}])) == 4
 
 
 def test_more_than_five_percent_bad_rows_stop_the_run(read, quarantined):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lite_mentor import judge
@@ -18,7 +21,7 @@ from lite_mentor.calculators import number_text
 from lite_mentor.errors import UserError
 from lite_mentor.judge import boxed, is_correct
 from lite_mentor.quantities import Quantity, read, same_quantity
-from lite_mentor.units import CARDINALS
+from lite_mentor.units import CARDINALS, SCALES
 
 HOSTILE = "9^{9^{9^9}}"
 
@@ -332,6 +335,112 @@ def test_reading_a_number_never_fails(text):
     assert number is None or isinstance(number.value, Fraction)
 
 
+# --- pairs -----------------------------------------------------------------------------------------------------
+
+PAIRS = Path(__file__).with_name("judge_pairs.tsv")
+"""Kind, checker, verdict, accepted answer, answer: what a careful teacher says, whatever the judge does."""
+
+
+def test_the_judge_says_what_a_teacher_says():
+    with PAIRS.open(encoding="utf-8", newline="") as file:
+        pairs = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    kinds = Counter((pair["kind"], pair["verdict"]) for pair in pairs)
+    assert len(pairs) > 1500
+    assert all(kinds[kind, "right"] > 5 and kinds[kind, "wrong"] for kind, _ in kinds)
+    for pair in pairs:
+        right = is_correct(pair["answer"], (pair["accepted"],), pair["checker"])
+        assert right is (pair["verdict"] == "right"), pair
+
+
+SPELLINGS = [
+    "{}", " {} ", "${}$", r"\({}\)", r"\text{{{}}}", r"\mathbf{{{}}}", "**{}**", "`{}`", "x = {}", "= {}", "({})",
+    "{}.", "{} km", "{}\\text{{ books}}", "{} dollars", "${}", "{}0", "{}e0", r"{} \times 10^{{0}}", "{}×10⁰", "+{}",
+    "{}x10^0",
+]  # fmt: skip
+
+
+@given(st.integers(1, 10**5), st.integers(1, 4), st.sampled_from(SPELLINGS), st.booleans(), st.booleans())
+def test_a_number_equals_itself_in_any_spelling_and_never_its_neighbour(digits, places, spelling, grouped, full_width):
+    value = Decimal(digits).scaleb(-places)
+
+    def spelled(number):
+        text = spelling.format(f"{number:,f}" if grouped else f"{number:f}")
+        return text.translate({48 + n: 0xFF10 + n for n in range(10)}) if full_width else text
+
+    assert is_correct(spelled(value), (f"{value:f}",), "math")
+    for step in (1, -1, 10**places, 9 * 10**places):
+        assert not is_correct(spelled(value + Decimal(step).scaleb(-places)), (f"{value:f}",), "math")
+    assert not is_correct(spelled(-value), (f"{value:f}",), "math")
+
+
+METRES = {
+    "km": 1000, "m": 1, "cm": Fraction(1, 100), "millimetres": Fraction(1, 1000), "miles": Fraction("1609.344"),
+    "feet": Fraction("0.3048"), "inches": Fraction("0.0254"),
+}  # fmt: skip
+
+
+@given(st.integers(1, 10**6), st.sampled_from(sorted(METRES)), st.sampled_from(sorted(METRES)))
+def test_units_convert_and_must_agree_where_both_sides_have_one(number, one, other):
+    converted = number * Fraction(METRES[one]) / Fraction(METRES[other])
+    assert is_correct(f"{float(converted):.12g} {other}", (f"{number} {one}",), "math")
+    assert is_correct(f"{number} {other}", (f"{number} {one}",), "math") is (one == other)
+    assert is_correct(f"{number} {other}", (f"{number}",), "math")
+    assert is_correct(f"{number}", (f"{number} {one}",), "math")
+    assert not is_correct(f"{number} {other}^2", (f"{number} {one}",), "math")
+    assert not is_correct(f"{number} kg", (f"{number} {one}",), "math")
+    assert not is_correct(f"{number} {one} per hour", (f"{number} {one}",), "math")
+
+
+NUMBER_WORDS = [
+    *CARDINALS, *SCALES, *(f"{word}s" for word in SCALES),
+    *(f"{stem}th{s}" for stem in ("four", "fif", "six", "seven", "eigh", "nin", "ten", "eleven", "twelf", "thirteen",
+      "nineteen", "twentie", "ninetie", "hundred", "thousand", "million", "trillion") for s in ("", "s")),
+    "half", "halves", "third", "thirds", "quarters", "squared", "cubed", "tenfold", "negative", "pi", "theta", "sin x",
+    "plus", "or more", "and a half", "below zero", "percent of two", "to four",
+]  # fmt: skip
+
+
+@given(
+    st.integers(2, 10**6), st.sampled_from(NUMBER_WORDS), st.sampled_from(["{} {}", "{}\\text{{ {}}}", "{} books {}"])
+)
+def test_a_word_that_changes_the_number_is_never_dropped(number, word, form):
+    assert not is_correct(form.format(number, word), (str(number),), "math")
+
+
+NOUNS = [
+    "books", "apples", "people", "marbles", "months", "widths", "depths", "teeth", "cloths", "seconds", "bullions",
+    "students", "cents", "boxes", "sheep",
+]  # fmt: skip
+MORE = ["", " left", " in total", " per day"]
+
+
+@given(st.integers(1, 10**6), st.sampled_from(NOUNS), st.sampled_from(MORE))
+def test_a_noun_says_what_was_counted(number, noun, more):
+    assert is_correct(f"{number} {noun}{more}", (str(number),), "math")
+    assert is_correct(f"{number} {noun}", (f"{number} {noun}",), "math")
+    assert not is_correct(f"{number} pigeons", (f"{number} {noun}",), "math")
+
+
+@given(st.text(alphabet="abcdeABC", min_size=2, max_size=6), st.randoms(), st.sampled_from(["math", "text"]))
+def test_letters_that_stand_together_are_a_word(word, random, checker):
+    letters = list(word)
+    random.shuffle(letters)
+    shuffled = "".join(letters)
+    assert is_correct(shuffled, (word,), checker) is (shuffled.casefold() == word.casefold())
+    for same in (word.upper(), rf"\text{{{word}}}", rf"\textbf{{{word}}}", f"**{word}**", f"{word}."):
+        assert is_correct(same, (word,), checker)
+
+
+@given(
+    st.integers(20, 3000), st.integers(1, 50), st.sampled_from(["2^{{-{}}}", r"\frac{{1}}{{3^{{{}}}}}", "10^{{-{}}}"])
+)
+@settings(max_examples=20)
+def test_tiny_values_are_told_apart(exponent, step, form):
+    accepted = form.format(exponent)
+    assert not is_correct(form.format(exponent + step), (accepted,), "math")
+    assert not is_correct("0", (accepted,), "math")
+
+
 # --- math-verify -----------------------------------------------------------------------------------------------
 
 
@@ -441,6 +550,14 @@ def test_the_worker_ends_with_the_process():
 )
 def test_text(answer, accepted, right):
     assert is_correct(answer, ("something else", accepted), "text") is right
+
+
+@given(st.text(alphabet="ab <>+-*/=()[],.!#°$", max_size=12), st.sampled_from("<>+*/=#°"), st.integers(0, 12))
+def test_a_symbol_more_or_less_is_another_answer(text, symbol, place):
+    changed = text[:place] + symbol + text[place:]
+    assert is_correct(text, (text,), "text") is bool(judge._words(text))
+    assert not is_correct(changed, (text,), "text")
+    assert not is_correct(text, (changed,), "text")
 
 
 @given(st.text(alphabet="bcxé019 -.!", max_size=50))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from decimal import Decimal
@@ -12,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lite_mentor.errors import UserError
-from lite_mentor.tasks import SPLITS, SUITES, load_suite, make_example, math_varied, resolve_arguments, split_of
+from lite_mentor.tasks import (
+    SPLITS,
+    SUITES,
+    load_suite,
+    load_task,
+    make_example,
+    math_varied,
+    resolve_arguments,
+    split_of,
+)
 from lite_mentor.tasks import math as math_suite
 from lite_mentor.tasks.gsm_symbolic import _NoTrajectory, derive_steps, equations
 from lite_mentor.tasks.math_plain import PLAIN
@@ -131,6 +141,52 @@ def test_a_split_is_the_hash_of_template_and_numbers():
     shares = Counter(split_of("t", [n]) for n in range(5000))
     assert 3900 < shares["train"] < 4100
     assert 430 < shares["validation"] < 570
+
+
+@pytest.fixture
+def load_file(tmp_path):
+    """One split of a file in which every question stands three times: tools shuffled, and words in other case."""
+    rows = [
+        {"question": question, "answer": 7 * i, "tools": tools}
+        for i in range(200)
+        for question, tools in (
+            (f"What is {i} times 7?", ["multiply"]),
+            (f"What  is {i} times 7?", ["multiply", "add"]),
+            (f"WHAT IS {i} TIMES 7?", ["add", "multiply"]),
+        )
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def load_split(split, size=10**6, note=None):
+        return load_task(
+            str(path), split=split, size=size, seed=0, levels=None, quarantine=tmp_path / "aside.jsonl", note=note
+        )
+
+    return load_split
+
+
+def test_a_file_is_split_by_its_questions(load_file):
+    examples = {split: load_file(split) for split in SPLITS}
+    assert sum(map(len, examples.values())) == 600
+    assert 0.7 < len(examples["train"]) / 600 < 0.9
+    questions = [{" ".join(e.question.casefold().split()) for e in examples[split]} for split in SPLITS]
+    assert [3 * len(asked) for asked in questions] == [len(examples[split]) for split in SPLITS]
+    assert sum(map(len, questions)) == len(set.union(*questions)) == 200
+
+
+def test_examples_of_a_file_that_are_not_used_are_counted(load_file):
+    notes = []
+    available = len(load_file("train", note=notes.append))
+    assert notes == []
+    assert len(load_file("train", 100, notes.append)) == 100
+    (note,) = notes
+    assert note.endswith(
+        f"the first 100 of {available} examples for train are used and {available - 100} are not; "
+        "raise --train-size to use more"
+    )
+    load_file("validation", 5, notes.append)
+    assert "--eval-size" in notes[1]
 
 
 def test_references_become_results():

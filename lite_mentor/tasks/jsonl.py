@@ -160,10 +160,11 @@ def _json(text: str | bytes, what: str) -> Any:
 
 
 def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _BadRow(f"the field `{next(name for name in names if names.count(name) > 1)[:40]}` is there twice")
+    data: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in data:
+            raise _BadRow(f"the field `{name[:40]}` is there twice")
+        data[name] = value
     return data
 
 
@@ -190,10 +191,8 @@ def _checked(example: Example) -> Example:
     """An accepted answer that is not right for itself can never be given."""
     for answer in example.answer:
         if not is_correct(answer, (answer,), example.checker):
-            why = (
-                f"longer than {MAX_ANSWER_CHARS} characters" if len(answer) > MAX_ANSWER_CHARS else "nothing to compare"
-            )
-            raise _BadRow(f"the accepted answer {answer[:40]!r} can never be right, for it is {why}")
+            why = f"longer than {MAX_ANSWER_CHARS} characters" if len(answer) > MAX_ANSWER_CHARS else "empty as text"
+            raise _BadRow(f"the accepted answer {answer[:40]!r} can never be right: it is {why}")
     return example
 
 
