@@ -151,14 +151,20 @@ _LATEX_FRACTION = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)
 _PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([^\W\d_]+)(?:(?:,|,? and)\s+(?=[0-9])|\s+(?=[0-9])|\.?$)")
 _NAME = re.compile(r"[^\W\d]\w*(?:_\{\w+\}|\(\w+\))?")
 _MORE_THAN_A_NAME = re.compile(r"[,;|<>≤≥≠!¬±]|\b(?:or|and|not)\b")
+_LETTER = re.compile(r"(?<!\\)[^\W\d_]")
+_OPERATION = re.compile(
+    r"[+*/^·×÷]|\\(?:frac|sqrt|binom)|\d[^\W\d_]\b|(?<![^\W\d_]{2})\s*-|-\s*(?![^\W\d_]{2})"  # follow-up costs
+)
 
 
 def read(text: str) -> Quantity | None:
-    """The one number that `text` is; None for anything else, such as arithmetic that is left to do."""
+    """The one number that `text` is; None for anything else, such as arithmetic that is left to do, and x + y = 2."""
     if len(text) > MAX_CHARS:
         return None
     left, _, text = _without_brackets(plain(text)).replace("≈", "=").rpartition("=")
-    if _MORE_THAN_A_NAME.search(left):
+    if _MORE_THAN_A_NAME.search(left) or any(
+        _LETTER.search(side) and _OPERATION.search(side) for side in left.split("=")
+    ):
         return None
     text = _LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", _without_brackets(text))
     match = _NUMBER.match(text.strip())
