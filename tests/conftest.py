@@ -6,6 +6,11 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A busy machine is slow, and no example wrong for that.
+settings.register_profile("patient")
+settings.load_profile("patient")
 
 # Several test processes on a small machine would otherwise wait on each other's threads; what they start, too.
 torch.set_num_threads(1)

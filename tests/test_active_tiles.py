@@ -37,7 +37,7 @@ def test_no_row_loses_more_than_it_may(kernel_device, name, drop_mass, block_row
     check_active_tiles(active_tiles, weight_cases()[name].to(kernel_device), drop_mass, block_rows)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     T=st.integers(1, 40),
     R=st.integers(1, 40),

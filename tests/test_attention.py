@@ -73,7 +73,7 @@ def seen_by(starts, parents, tokens, window):
     return seen
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(forests(), st.sampled_from([None, 1, 3, 100]))
 def test_both_forms_see_what_the_definition_says(forest, window):
     starts, parents, tokens = forest

@@ -80,7 +80,7 @@ groups = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(groups, st.integers(12, 60))
 def test_every_sampled_token_appears_once_after_its_own_past(groups, budget):
     rollouts = [

@@ -396,7 +396,7 @@ def check_pages(e: Engine) -> None:
         assert all(held[page] == 1 for page in s.pages[lent:])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 2**32 - 1))
 def test_no_schedule_loses_a_page_or_gets_stuck(seed):
     random_schedule(seed)

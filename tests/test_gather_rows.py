@@ -100,7 +100,7 @@ def test_the_kernel_in_bf16(each):
     assert torch.equal(found, check(ours("torch"), each, torch.bfloat16))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 6), st.lists(st.integers(0, 5), max_size=20), st.integers(1, 3), st.integers(0, 1000))
 def test_any_index(T, index, repeats, seed):
     each = case("any", [i % T for i in index], T, G=2, D=3, repeats=repeats, seed=seed)

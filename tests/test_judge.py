@@ -346,7 +346,7 @@ def test_the_judge_says_what_a_teacher_says():
         pairs = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     kinds = Counter((pair["kind"], pair["verdict"]) for pair in pairs)
     assert len(pairs) > 1500
-    assert all(kinds[kind, "right"] > 5 and kinds[kind, "wrong"] for kind, _ in kinds)
+    assert all(kinds[kind, "right"] >= 5 and kinds[kind, "wrong"] for kind, _ in kinds)
     for pair in pairs:
         right = is_correct(pair["answer"], (pair["accepted"],), pair["checker"])
         assert right is (pair["verdict"] == "right"), pair

@@ -207,7 +207,7 @@ def test_wrong_calls(name):
         linear_logprob(*args, **options)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     N=st.integers(1, 9),
     H=st.integers(1, 17),

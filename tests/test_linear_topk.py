@@ -148,7 +148,7 @@ def test_a_missing_token_counts_nothing_and_passes_no_nan():
 
 
 @given(st.integers(1, 6), st.integers(1, 9), st.floats(0.1, 12), st.integers(0, 1000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_at_the_teacher_the_kl_of_the_whole_vocabulary_is_0_and_flat(N, V, size, seed):
     make = torch.Generator().manual_seed(seed)
     hidden = (torch.randn(N, 4, generator=make, dtype=torch.float64) * size).requires_grad_()

@@ -47,7 +47,7 @@ def test_the_kernels_take_float32_alone():
         check_policy(triton_loss_of, CASES[0], torch.float64, "cuda" if torch.cuda.is_available() else "cpu")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8).map(tuple),
     case=st.sampled_from(CASES),

@@ -120,7 +120,7 @@ def test_strict_by_hand(calls, boxed, expected):
 any_call = st.sampled_from([ADD, DOUBLE, UNKNOWN, BAD_JSON, BAD_ARGUMENTS])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(any_call, max_size=8), st.booleans())
 def test_strict_stays_in_its_range(calls, boxed):
     assert -3.0 <= strict_reward(calls, BOTH, boxed=boxed) <= 4.0

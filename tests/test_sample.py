@@ -130,7 +130,7 @@ def test_a_cut_in_the_kernel_against_float64(kernel_device, dtype):
         check_sample(triton_sample, case, kernel_device)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32 - 1), columns=st.integers(1, 700), size=st.floats(0, 30),
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]), share=st.floats(0, 0.99),
@@ -183,7 +183,7 @@ def test_the_reported_logprob_is_that_of_the_temperature_and_of_all_tokens(draw)
     st.sampled_from([0.05, 0.3, 0.5, 0.9, 0.99, 1.0]),
 )
 @example([0.0, 0.0, 0.0, 0.0, 0.0, 7.25, -8.0], 0, 1.0)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_what_truncation_keeps_by_its_definition(row, top_k, top_p):
     """Walk down the tokens: at most top_k of them, until those before hold top_p; those as likely as the last, too."""
     logits = torch.tensor([row])

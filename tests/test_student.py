@@ -443,7 +443,7 @@ def test_a_student_describes_itself():
 # The tiny student's tokenizer
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text())
 def test_any_text_survives_the_tiny_tokenizer(text):
     text = text.encode("utf-8", "replace").decode()

@@ -312,7 +312,7 @@ NUMBERS = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(calculator_tools() + unseen_tools()), st.data())
 def test_every_built_in_tool_is_total_on_arguments_of_the_right_type(spec, data):
     arguments = {}

@@ -160,7 +160,7 @@ def test_the_forest_through_a_kernel(forest, window, heads, grouped):
     check(kernel_of(seen_from_the_end), forest, window, heads=heads, grouped=grouped, dtype=torch.float32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(forests(), st.sampled_from([None, 1, 2, 5, 100]), st.sampled_from(list(HEADS.values())), st.booleans())
 def test_any_forest_through_a_kernel_and_one_by_one(forest, window, heads, grouped):
     check(kernel_of(seen_from_the_end), forest, window, heads=heads, grouped=grouped)
