@@ -122,7 +122,8 @@ _READINGS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], .
     )
 )
 _PIECE = re.compile(
-    r"(?P<kept>\w+|^-\s*(?=\.?\d)|(?<!\w)-(?=-*[^\s,;:!?)-]|\.\d)|(?<=\w)-(?!\w)|(?<=\d):(?=\d)|\.(?=\d)|(?<=\d)!|(?<=\b[^\W\d_])!)|\S"
+    r"(?P<kept>\w+|^-\s*(?=\.?\d)|(?<!\w)-(?=-*[^\s,;:!?)-]|\.\d)|(?<=\w)-(?!\w)"  # -5, -x, A-
+    r"|(?<=\d):(?=\d)|\.(?=\d)|(?<=\d)!|(?<=\b[^\W\d_])!)|\S"  # 3:30, 1.5, 5!, n!
 )
 _PUNCTUATION = '-,.;:!?"“”„«»…•、。'
 
@@ -228,8 +229,8 @@ def _check_math_verify() -> None:
 def _serve() -> None:
     from math_verify import LatexExtractionConfig, grader, parse, verify
 
-    if not callable(grader.sympy_numeric_eq):
-        raise RuntimeError("this math-verify compares numbers elsewhere than in grader.sympy_numeric_eq")
+    if not hasattr(grader, "sympy_numeric_eq"):
+        raise RuntimeError("this version of math-verify compares numbers elsewhere")
     grader.sympy_numeric_eq = _same_value
 
     def read_formula(text: str) -> list[Any]:
@@ -250,9 +251,8 @@ def _same_value(accepted: Any, said: Any, *_: int) -> bool:
     from sympy import Float, MatrixBase
 
     if isinstance(accepted, MatrixBase) or isinstance(said, MatrixBase):
-        return getattr(accepted, "shape", None) == getattr(said, "shape", None) and all(
-            map(_same_value, accepted, said)
-        )
+        same_shape = getattr(accepted, "shape", None) == getattr(said, "shape", None)
+        return same_shape and all(map(_same_value, accepted, said))
     accepted, said = accepted.doit(), said.doit()
     difference = accepted - said
     if difference == 0 or difference.free_symbols:

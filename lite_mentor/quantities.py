@@ -86,6 +86,7 @@ _WRAPPER = re.compile(
 _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r"[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]", ""),  # nobody sees them
         (r"[‐‑‒–—−﹣]", "-"),
         (r"[⁄∕]", "/"),
         (r"\\color\s*\{[a-z]*\}", ""),
@@ -166,15 +167,14 @@ def read(text: str) -> Quantity | None:
         _LETTER.search(side) and _OPERATION.search(side) for side in left.split("=")
     ):
         return None
-    text = _LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", _without_brackets(text))
-    match = _NUMBER.match(text.strip())
+    text = _LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", _without_brackets(text)).strip()
+    if compound := _compound(text):
+        return compound
+    match = _NUMBER.match(text)
     value = match and _value(match)
     if value is None:
         return None
-    if compound := _compound(text.strip()):
-        return compound
-    rest = text.strip()[match.end() :]
-    rest, scale = _scale(rest, money=bool(match["currency"]))
+    rest, scale = _scale(text[match.end() :], money=bool(match["currency"]))
     percent = _PERCENT.match(rest)
     if percent:
         rest = rest[percent.end() :]
@@ -208,9 +208,7 @@ def _compound(text: str) -> Quantity | None:
 
 def _without_brackets(text: str) -> str:
     text = text.strip().removesuffix("\\\\").rstrip().removesuffix(".").strip()
-    while (
-        len(text) > 2 and text[0] + text[-1] in ("()", "[]", "{}") and not set("()[]{}") & set(text[1:-1].strip("{}"))
-    ):
+    while text[:1] + text[-1:] in ("()", "[]", "{}") and not set("()[]") & set(text[1:-1]):
         text = text[1:-1].strip()
     return text
 

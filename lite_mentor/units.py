@@ -118,7 +118,7 @@ _CHANGES = re.compile(
     rf"(?:{'|'.join([*CARDINALS, *SCALES])}|lac|score|[a-z]{{1,7}}illi(?:on|ard)|first|half|halve|third|quarter)s?"
     r"|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]{3,5}teen|[a-z]{3,5}tie|hundred|thousand|[a-z]+illion)ths?"
     r"|plus|minus|over|divided|multiplied|squared|cubed|factorial|root|mod|modulo|negative|below|under|and|not|nor|but"
-    r"|milli|micro|nano|mega|giga|tera|[a-z]+fold|versus|except|without|twice|thrice|double|triple|percent|permille|infinity"
+    r"|versus|except|without|twice|thrice|double|triple|[a-z]+fold|percent|permille|infinity|milli|micro|nano|mega|giga"
     r"|sin|cos|tan|cot|csc|log|exp|sqrt|lim|max|gcd|lcm|alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|phi|psi|omega"
 )
 _SILENT = {"of", "in", "the", "a", "an", "for", "on", "at", "by", "each", "total", "all", "unit", "units", "altogether"}
@@ -148,15 +148,17 @@ def read_units(text: str, currency: str = "") -> tuple[Unit, ...]:
     for pattern, replacement in _REWRITINGS:
         text = pattern.sub(replacement, text)
     parts: list[list[Unit]] = []
-    position, power, text = 0, 1, text.rstrip()
+    position, power, dangling, text = 0, 1, False, text.rstrip()
     while position < len(text):
         token = _TOKEN.match(text, position)
         if token is None or len(parts) == MAX_WORDS:
             return ()
         position = token.end()
-        if token[1]:
-            power = -1
-        elif token[2]:
+        if token[2] is None:  # an operator
+            if dangling or not (parts or token[1]):
+                return ()
+            power, dangling = -1 if token[1] else 1, True
+        else:
             word = token[2].rstrip(".")
             meanings = meanings_of(word) if parts == [] or word != "in" else []
             if not meanings and not (_is_noun(word) and (first_is_apart or parts)):
@@ -164,7 +166,9 @@ def read_units(text: str, currency: str = "") -> tuple[Unit, ...]:
             if meanings or word.lower() not in _SILENT:
                 power *= int(token[3] or token[4] or 1)
                 parts.append([_power(unit, power) for unit in meanings or [Unit(nouns=frozenset({_stem(word)}))]])
-            power = 1
+            power, dangling = 1, False
+    if dangling:
+        return ()
     readings = [Unit()]
     for meanings in parts:  # one by one, so that equal ones are not multiplied
         readings = list(dict.fromkeys(map(_product, itertools.product(readings, meanings))))
