@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -36,15 +36,18 @@ from lite_mentor.tools import RunCall, caller, run_call
 from lite_mentor.types import Example, Rollout
 
 
-def suites(config: Config) -> dict[str, list[Example]]:
-    """The held-out examples of a run, whatever its seed. A file too small to hold any out has fewer suites."""
+def suites(config: Config, note: Callable[[str], None] | None = None) -> dict[str, list[Example]]:
+    """The held-out examples of a run, whatever its seed. A file too small to hold any out has fewer suites.
+
+    `note` is told how many of a file's are not used.
+    """
     out = {}
     for name in config.eval_suites:
         size = config.eval_size if name == "validation" else max(1, config.eval_size // 2)
         if name in ("validation", "test"):
             out[name] = load_task(
                 config.task, split=name, size=size, seed=0, levels=config.levels,
-                quarantine=Path(config.out) / "quarantine.jsonl",
+                quarantine=Path(config.out) / "quarantine.jsonl", note=note,
             )  # fmt: skip
         else:
             out[name] = load_suite(name, split="test", size=size, seed=0)

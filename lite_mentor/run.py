@@ -186,7 +186,7 @@ def prepare(config: Config) -> Iterator[Run]:
         for sentence in filter(None, (why_cpu(requested), too_small(config.preset, device))):
             log.note(sentence)
         examples, teacher = training_examples(config, out, log.note)
-        held_out = suites(config)
+        held_out = suites(config, log.note)
         student = load_student(
             config.student,
             quant=config.quant,

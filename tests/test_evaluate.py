@@ -11,7 +11,9 @@ import torch
 import train
 from lite_mentor import evaluate as room
 from lite_mentor.config import PRESETS
+from lite_mentor.errors import UserError
 from lite_mentor.evaluate import suites
+from lite_mentor.run import training_examples
 from lite_mentor.statistics import compare
 from lite_mentor.student import load_student
 from tests.test_train import SHORT
@@ -21,6 +23,20 @@ def test_held_out_suites_never_depend_on_the_seed():
     one, two = (suites(dataclasses.replace(PRESETS["tiny"], seed=s, eval_size=10)) for s in (0, 1))
     assert {n: [e.key for e in v] for n, v in one.items()} == {n: [e.key for e in v] for n, v in two.items()}
     assert [len(v) for v in one.values()] == [10, 5, 5]
+
+
+def test_a_run_says_how_much_of_a_file_it_does_not_use(tmp_path):
+    rows = [{"question": f"What is {n} plus 2?", "answer": n + 2, "tools": ["add"]} for n in range(300)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = dataclasses.replace(
+        PRESETS["tiny"], task=str(tmp_path / "mine.jsonl"), out=str(tmp_path / "run"), train_size=20, eval_size=10,
+        eval_suites=("validation",),
+    )  # fmt: skip
+    notes = []
+    assert len(suites(config, notes.append)["validation"]) == 10
+    with pytest.raises(UserError, match="needs --teacher"):
+        training_examples(config, tmp_path, notes.append)
+    assert [note.split()[-4] for note in notes] == ["--eval-size", "--train-size"]
 
 
 def test_only_the_same_examples_are_compared():
