@@ -17,7 +17,7 @@ import functools
 from pydantic_monty import Monty, MontyCrashedError, MontyError
 
 from lite_mentor.calculators import ToolError
-from lite_mentor.tools import MAX_RESULT_CHARS, result_text
+from lite_mentor.results import MAX_RESULT_CHARS, result_text
 
 SECONDS = 4.0
 """Less than a worker has for a call, so that the student is told which limit it was."""

@@ -11,22 +11,18 @@ import functools
 import inspect
 import json
 import math
-import numbers
-import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
-from lite_mentor.calculators import CALCULATORS, ToolError, number_text
+from lite_mentor.calculators import CALCULATORS, ToolError
 from lite_mentor.errors import UserError
+from lite_mentor.results import MAX_RESULT_CHARS, clip, finished, result_text
 from lite_mentor.types import CallStatus, Example, ToolCall, ToolSpec, World
 
 MAX_CALL_CHARS = 16_000
 MAX_CALL_DEPTH = 16
-MAX_RESULT_CHARS = 4000
-"""What leaves a tool at most. How much of it a student reads is counted in tokens (rollout.Limits)."""
 
 RunPath = Callable[[str, Mapping[str, Any]], "tuple[CallStatus, str]"]
 """Runs the tool at `module:function` with these arguments somewhere safe -> (status, result text)."""
@@ -49,20 +45,20 @@ class _BadCall(ValueError):
 def tool_spec(function: Callable[..., Any], *, path: str | None = None) -> ToolSpec:
     """Describe a function by its annotations and docstring.
 
-    The description is the docstring's first paragraph; lines `name: text` under `Args:` describe the parameters.
-    With `path` (`module:function`) the spec names the function instead of holding it, so that it runs elsewhere.
-    Raises UserError for a parameter or docstring that cannot be described.
+    The description is the docstring's first paragraph; what it says of the parameters may be written as Google, numpy
+    or reST do, or as a text in `Annotated`. With `path` (`module:function`) the spec names the function instead of
+    holding it, so that it runs elsewhere. Raises UserError for a parameter or docstring that cannot be described.
     """
     where = path or function.__name__
     doc = inspect.getdoc(function) or ""
     if not doc.strip():
         raise UserError(f"Tool {where} has no docstring; say in it what the tool does, for the student reads it.")
     try:
-        hints = typing.get_type_hints(function)
+        hints = typing.get_type_hints(function, include_extras=True)
         parameters = inspect.signature(function).parameters.values()
-    except (NameError, TypeError, ValueError) as error:
+    except (AttributeError, NameError, SyntaxError, TypeError, ValueError) as error:
         raise UserError(f"Tool {where}: its annotations cannot be read ({error}).") from error
-    notes = _argument_notes(doc)
+    description, notes = _read_docstring(doc)
     properties, required = {}, []
     for parameter in parameters:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -72,12 +68,14 @@ def tool_spec(function: Callable[..., Any], *, path: str | None = None) -> ToolS
             schema["description"] = notes[parameter.name]
         if parameter.default is parameter.empty:
             required.append(parameter.name)
-        elif parameter.default is not None:
-            schema["default"] = parameter.default
+        elif parameter.default is None:
+            schema = _without_null(schema)  # for it, null is the argument left out
+        else:
+            schema["default"] = _json_default(parameter, where)
         properties[parameter.name] = schema
     return ToolSpec(
         name=function.__name__,
-        description=" ".join(doc.split("\n\n")[0].split()),
+        description=description,
         parameters={
             "type": "object",
             "properties": properties,
@@ -95,36 +93,75 @@ def calculator_tools() -> tuple[ToolSpec, ...]:
     return tuple(tool_spec(function) for function in CALCULATORS)
 
 
-def _argument_notes(doc: str) -> dict[str, str]:
-    section = re.split(r"^\s*Args:\s*$", doc, maxsplit=1, flags=re.M)
-    if len(section) == 1:
-        return {}
-    block = section[1].lstrip("\n").split("\n\n")[0]
-    return {name: text.strip() for name, text in re.findall(r"^\s*(\w+)[^:\n]*:\s*(.+)$", block, flags=re.M)}
+def _read_docstring(doc: str) -> tuple[str, dict[str, str]]:
+    """(its first paragraph, what it says of each parameter), each on one line."""
+    import docstring_parser  # here, for a tool's worker describes nothing
+
+    parsed = docstring_parser.parse(doc)
+    words = [(p.arg_name, " ".join((p.description or "").split())) for p in parsed.params]
+    first = (parsed.description or "").split("\n\n")[0]
+    return " ".join(first.split()), {name: text for name, text in words if text}
+
+
+_SIMPLE = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
+_SIMPLE |= {list: "array", dict: "object"}
 
 
 def _type_schema(annotation: Any, where: str) -> dict[str, Any]:
-    simple = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array", dict: "object"}
-    if annotation in simple:
-        return {"type": simple[annotation]}
+    """A new JSON schema of the values that a parameter takes."""
+    if annotation is None:
+        raise UserError(f"{where} has no annotation; say its type.")
+    if annotation is Any:
+        return {}
+    simple = next((name for kind, name in _SIMPLE.items() if kind is annotation), None)
+    if simple:
+        return {"type": simple}
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        notes = [note for note in inner[1:] if isinstance(note, str)]
+        return _type_schema(inner[0], where) | ({"description": notes[0]} if notes else {})
     if origin is Literal:
-        return {"enum": list(inner)}
+        kinds = {_SIMPLE.get(type(value)) for value in inner}
+        if None not in kinds:
+            return ({"type": kinds.pop()} if len(kinds) == 1 else {}) | {"enum": list(inner)}
     if origin is list:
-        return {"type": "array", "items": _type_schema(inner[0], where)}
-    if origin is dict:
-        return {"type": "object"}
-    if origin in (typing.Union, types.UnionType) and len(inner) == 2 and type(None) in inner:
-        return _type_schema(inner[0] if inner[1] is type(None) else inner[1], where)
+        return {"type": "array"} | ({"items": _type_schema(inner[0], where)} if inner else {})
+    if origin is dict and (not inner or inner[0] in (str, Any)):
+        values = _type_schema(inner[1], where) if inner else {}
+        return {"type": "object"} | ({"additionalProperties": values} if values else {})
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [_type_schema(kind, where) for kind in inner]}
+    shown = getattr(annotation, "__name__", None) if isinstance(annotation, type) and not inner else annotation
     raise UserError(
-        f"{where} is annotated as {annotation}; use int, float, str, bool, list[...], dict, Literal[...] "
-        "or one of them | None."
+        f"{where} is annotated as {shown}, which JSON has no values of; use int, float, str, bool, None, list[...], "
+        "dict[str, ...], Literal[...] or a union of these."
     )
 
 
+def _without_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = [kind for kind in schema.get("anyOf", ()) if kind != {"type": "null"}]
+    rest = {key: value for key, value in schema.items() if key != "anyOf" or not kinds}
+    return (kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {}) | rest
+
+
+def _json_default(parameter: inspect.Parameter, where: str) -> Any:
+    try:
+        return json.loads(json.dumps(parameter.default, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(
+            f"Tool {where}: the default of {parameter.name}, {parameter.default!r:.60}, is nothing that JSON can hold; "
+            "use None and choose in the function."
+        ) from None
+
+
 def signature(spec: ToolSpec) -> str:
-    """One line that describes a tool to a student: `add(a: number, b: number): a + b`."""
-    return f"{_usage(spec)}: {spec.description}"
+    """What a tool is, to a student: `add(a: number, b: number): a + b`; and a line for each argument with a note."""
+    notes = [
+        f"\n  {name}: {' '.join(str(schema['description']).split())}"
+        for name, schema in spec.parameters.get("properties", {}).items()
+        if schema.get("description")
+    ]
+    return f"{_usage(spec)}: {spec.description}{''.join(notes)}"
 
 
 def _usage(spec: ToolSpec) -> str:
@@ -138,9 +175,12 @@ def _usage(spec: ToolSpec) -> str:
 
 def _type_text(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
-        return "|".join(str(value) for value in schema["enum"])
+        return "|".join(value if isinstance(value, str) else json.dumps(value) for value in schema["enum"])
+    if "anyOf" in schema:
+        return "|".join(_type_text(kind) for kind in schema["anyOf"])
     if schema.get("type") == "array":
-        return f"{_type_text(schema.get('items', {}))}[]"
+        item = _type_text(schema.get("items", {}))
+        return f"({item})[]" if "|" in item else f"{item}[]"
     return str(schema.get("type", "any"))
 
 
@@ -178,15 +218,19 @@ def run_call(
         reason = str(error) if isinstance(error, _BadCall) else "it is not valid JSON"
         return _call("", {}, raw, "bad_json", f"Error: bad call, {reason}.")
     spec = next((tool for tool in tools if tool.name == name), None)
+    if arguments is None:
+        if spec is None or spec.parameters.get("required"):
+            return _call("", {}, raw, "bad_json", f"Error: bad call, {_SHAPE}.")
+        arguments = {}
     if spec is None:
         known = ", ".join(tool.name for tool in tools)
-        text = f"Error: there is no tool {_clip(name, 40)!r}. The tools are {known}."
+        text = f"Error: there is no tool {clip(name, 40)!r}. The tools are {known}."
         return _call(name, arguments, raw, "unknown_tool", text)
     arguments = {k: v for k, v in arguments.items() if v is not None or k not in _nullable(spec)}
     problem = _schema_problem(spec, arguments)
     if problem:
         return _call(name, arguments, raw, "bad_arguments", f"Error: {problem}. Use {_usage(spec)}.")
-    arguments = _integers_as_int(spec, arguments)
+    arguments = _as_python(arguments, spec.parameters)
     if spec.path is not None:
         if run_path is None:
             raise ValueError(f"tool {name} lives at {spec.path}: pass run_path, which runs it")
@@ -195,7 +239,7 @@ def run_call(
             sent = {"world": world.start, "earlier": played(earlier), "name": name, "arguments": arguments}
         return _call(name, arguments, raw, *run_path(spec.path, sent))
     try:
-        return _call(name, arguments, raw, "ok", result_text(spec.function(**arguments)))
+        return _call(name, arguments, raw, "ok", result_text(finished(spec.function(**arguments))))
     except ToolError as error:
         return _call(name, arguments, raw, "error", f"Error: {error}.")
     except decimal.Overflow:
@@ -215,44 +259,31 @@ def played(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
     return [{"name": call.name, "arguments": dict(call.arguments)} for call in calls if call.status == "ok"]
 
 
-def result_text(value: Any, limit: int = MAX_RESULT_CHARS) -> str:
-    """A tool's result as a student should read and copy it: 12 and not 12.0, at most about ten digits, short."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (numbers.Integral, Decimal)):
-        return number_text(Decimal(value if isinstance(value, Decimal) else int(value)))
-    if isinstance(value, numbers.Real):  # numpy's and others' too
-        return number_text(Decimal(repr(float(value))))
-    if isinstance(value, (list, tuple)):
-        return _clip(", ".join(result_text(item) for item in value), limit)
-    return _clip(value if isinstance(value, str) else repr(value), limit)
-
-
 def _call(name: str, arguments: Mapping[str, Any], raw: str, status: CallStatus, text: str) -> ToolCall:
     clean = text.encode("utf-8", "replace").decode("utf-8")
     if len(clean) > MAX_RESULT_CHARS + 40:  # more than a result that result_text has cut, with its note of that
-        clean = _clip(clean, MAX_RESULT_CHARS)
+        clean = clip(clean, MAX_RESULT_CHARS)
     return ToolCall(name, arguments, raw, status, clean)
 
 
-def _clip(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}... [{len(text) - limit} more characters]"
+_SHAPE = 'write {"name": ..., "arguments": {...}}'
 
 
-def _parse_call(raw: str) -> tuple[str, dict[str, Any]]:
+def _parse_call(raw: str) -> tuple[str, dict[str, Any] | None]:
+    """(name, arguments) of a call; None for arguments that are left out or null."""
     if len(raw) > MAX_CALL_CHARS:
         raise _BadCall("it is too long")
     data = json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
-    shaped = isinstance(data, dict) and set(data) == {"name", "arguments"} and isinstance(data["name"], str)
-    if not shaped or not isinstance(data["arguments"], dict):
-        raise _BadCall('write {"name": ..., "arguments": {...}}')
+    shaped = isinstance(data, dict) and {"name"} <= set(data) <= {"name", "arguments"} and isinstance(data["name"], str)
+    if not shaped or not isinstance(data.get("arguments"), (dict, types.NoneType)):
+        raise _BadCall(_SHAPE)
     if _depth(data) > MAX_CALL_DEPTH:
         raise _BadCall("it is nested too deeply")
     try:
         json.dumps(data, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise _BadCall("it holds half a character") from None
-    return data["name"], data["arguments"]
+    return data["name"], data.get("arguments")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -292,20 +323,38 @@ def _schema_problem(spec: ToolSpec, arguments: Mapping[str, Any]) -> str | None:
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(spec.parameters).iter_errors(arguments))
     if error is None:
         return None
+    if error.parent is not None and error.parent.validator == "anyOf":
+        error = error.parent
     where = ".".join(str(part) for part in error.absolute_path)
     if error.validator == "required":
         missing = next(name for name in error.validator_value if name not in error.instance)
         return f"{missing} is missing"
     if error.validator == "additionalProperties":
         extra = next(name for name in error.instance if name not in error.schema.get("properties", {}))
-        return f"there is no argument {_clip(extra, 40)!r}"
-    if error.validator in ("type", "enum"):
-        return f"{_clip(where, 40)} must be of type {_type_text(error.schema)}"
-    return _clip(f"{where}: {error.message}", 120)
+        return f"there is no argument {clip(extra, 40)!r}"
+    if error.validator in ("type", "enum", "anyOf"):
+        return f"{clip(where, 40)} must be of type {_type_text(error.schema)}"
+    return clip(f"{where}: {error.message}", 120)
 
 
-def _integers_as_int(spec: ToolSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON schema counts 2.0 as an integer; Python functions do not."""
-    schemas = spec.parameters.get("properties", {})
-    whole = {name for name, schema in schemas.items() if schema.get("type") == "integer"}
-    return {name: int(value) if name in whole else value for name, value in arguments.items()}
+def _as_python(value: Any, schema: Any) -> Any:
+    """A value that satisfies its schema; 2.0 as int where an integer is meant, for JSON schema counts it as one."""
+    kinds = list(_branches(schema))
+    if isinstance(value, float):
+        named = {kind.get("type") for kind in kinds}
+        listed = next((item for kind in kinds for item in kind.get("enum", ()) if item == value), value)
+        return int(value) if "integer" in named and "number" not in named and value.is_integer() else listed
+    for kind in kinds:
+        if isinstance(value, list) and "items" in kind:
+            return [_as_python(item, kind["items"]) for item in value]
+        if isinstance(value, dict) and ("properties" in kind or "additionalProperties" in kind):
+            known, others = kind.get("properties", {}), kind.get("additionalProperties", {})
+            return {name: _as_python(part, known.get(name, others)) for name, part in value.items()}
+    return value
+
+
+def _branches(schema: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(schema, Mapping):  # true and false are schemas too
+        yield schema
+        for kind in schema.get("anyOf", ()):
+            yield from _branches(kind)

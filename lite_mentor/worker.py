@@ -20,7 +20,7 @@ except ImportError:  # Windows
     resource = None
 
 from lite_mentor.calculators import ToolError
-from lite_mentor.tools import result_text
+from lite_mentor.results import finished, result_text
 
 START_SECONDS = 60.0
 """For what happens once in a worker, importing: a slow disk must not look like a slow tool."""
@@ -84,7 +84,7 @@ def _answer(request: Request) -> dict[str, str]:
     if "arguments" not in request:
         return _load_answer(request["path"])
     try:
-        return {"status": "ok", "text": result_text(_function(request["path"])(**request["arguments"]))}
+        return {"status": "ok", "text": result_text(finished(_function(request["path"])(**request["arguments"])))}
     except Exception as error:
         return {"status": "error", "text": result_text(f"Error: {_words(error)}")}
 

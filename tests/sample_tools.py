@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
 import subprocess
 import sys
@@ -30,6 +32,29 @@ def count() -> int:
     global calls
     calls += 1
     return calls
+
+
+async def later(text: str) -> str:
+    """text, a moment later"""
+    await asyncio.sleep(0.01)
+    return text
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+def squares(n: int):
+    """The squares below n * n."""
+    yield from (i * i for i in range(n))
+
+
+def numbers_without_end():
+    yield from itertools.count()
+
+
+def open_file():
+    return open(os.devnull)
 
 
 def environment() -> str:

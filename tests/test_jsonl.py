@@ -150,7 +150,7 @@ BAD_ROWS = [
     ({**GOOD, "\x1b[2J\u202e": "1"}, "unknown field `\\x1b[2J\\u202e`"),
     ({**GOOD, "tools": [":f"]}, "the tool :f cannot be imported"),
     ({**GOOD, "tools": ["sys:path"]}, "the tool sys:path is not a function"),
-    ({**GOOD, "tools": ["json:dumps"]}, "Tool json:dumps: parameter obj is annotated as None"),
+    ({**GOOD, "tools": ["json:dumps"]}, "Tool json:dumps: parameter obj has no annotation"),
     ({**GOOD, "checker": "exact"}, '`checker` must be "math" or "text"'),
     ({**GOOD, "suite": 3}, "`suite` must be text"),
     ({**GOOD, "anwser": "1"}, "unknown field `anwser`; the fields are answer, checker, question, suite, tools"),

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FREE = {"types", "config", "errors"}  # importable from everywhere; they import nothing but each other
 ORDER = [
-    "calculators", "tools", "isolation", "worker", "sandbox", "units", "quantities", "judge", "python_tool", "tasks",
-    "prompt",
+    "calculators", "results", "tools", "isolation", "worker", "sandbox", "units", "quantities", "judge", "python_tool",
+    "tasks", "prompt",
     "assets", "attention", "tiny", "device", "lora", "norms", "fused", "student", "paging", "decode", "engine",
     "rollout", "teacher", "teach", "reward", "batch", "loss", "optim", "soft", "sft", "checkpoint", "statistics",
     "evaluate", "display", "log", "charts", "page", "report", "fit", "run", "label",

@@ -44,6 +44,9 @@ def call(sandbox):
         ("echo", {"text": "x" * 300_000}, ("ok", "x" * 4000 + "... [296000 more characters]")),
         ("huge", {}, ("ok", "x" * 4000 + "... [4996000 more characters]")),
         ("divide_by_zero", {}, ("error", "Error: ZeroDivisionError: division by zero")),
+        ("later", {"text": "now"}, ("ok", "now")),
+        ("squares", {"n": 4}, ("ok", "0, 1, 4, 9")),
+        ("numbers_without_end", {}, ("error", "Error: the tool yields more than 1000 values.")),
         ("cannot_be_shown", {}, ("error", "Error: ValueError: no")),
         ("echo", {}, ("error", "Error: TypeError: echo() missing 1 required positional argument: 'text'")),
         ("loud", {}, ("ok", "quiet")),
@@ -58,6 +61,12 @@ def call(sandbox):
 )
 def test_every_end_of_a_call(call, name, arguments, expected):
     assert call(name, **arguments) == expected
+
+
+def test_a_result_without_a_text_is_an_error(call):
+    status, text = call("open_file")
+    assert status == "error"
+    assert text.startswith("Error: the tool's result is of the type TextIOWrapper, which has no text; it must return")
 
 
 def test_long_errors_are_cut_visibly(call):

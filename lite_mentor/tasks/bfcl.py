@@ -73,7 +73,7 @@ def passes(example: Example, calls: Sequence[ToolCall]) -> bool:
         return not calls or not readable
     if not readable:
         return False
-    output = [{call.name: json.loads(call.raw)["arguments"]} for call in calls]
+    output = [{call.name: json.loads(call.raw).get("arguments") or {}} for call in calls]
     category = example.suite.removeprefix("bfcl_")
     check, language = _checker()
     try:
