@@ -6,6 +6,7 @@ The object that `parse` returns is the object the run uses and the object that `
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -72,6 +73,9 @@ class Config:
 
     student: str = "smollm2-135m"
     """A local folder, a hub id, `smollm2-135m`, or `tiny` (random weights)."""
+    date: str = ""
+    """The day that a chat template is told which asks for it, such as 2026-12-01; empty: the one on which the run is
+    begun, or its soft labels were made."""
     quant: Literal["nf4", "none"] = "none"
     """Base weights in 4-bit NF4 (the GPU presets), or unquantised in the compute dtype."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -412,5 +416,14 @@ def check(config: Config) -> None:
         )
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", config.device):
         raise UserError(f"--device {config.device!r}: use auto, cpu or cuda.")
+    if config.date and not _is_date(config.date):
+        raise UserError(f"--date {config.date!r}: write a day as 2026-12-01.")
     if not config.levels:
         raise UserError("--levels is empty; name at least one level, such as --levels 1 2.")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return str(datetime.date.fromisoformat(text)) == text
+    except ValueError:
+        return False

@@ -4,7 +4,8 @@
     python -m lite_mentor.evaluate FOLDER --student Qwen/Qwen3-0.6B --adapters none --suites ood_tools
 
 The first evaluates a run's cold start and its final adapter again, on the same examples, and says what RL changed; the
-second, a student without a run. What FOLDER/evaluate.jsonl already holds, of the same weights, is not run again.
+second, a student without a run. What FOLDER/evaluate.jsonl already holds, of the same weights, prompts, tools and
+judge, is not run again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lite_mentor.config import PRESETS, Config, load
 from lite_mentor.device import compute_device
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
+from lite_mentor.facts import digest, facts_of
 from lite_mentor.judge import is_right
 from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.rollout import Limits, limits_of, messages_of, roll_out
@@ -180,8 +182,10 @@ def _config(options: Options) -> Config:
 
 def _evaluate_all(options: Options, config: Config, engine: Engine, student: Student, run_call: RunCall) -> None:
     """Each adapter on each suite; a line of evaluate.jsonl that is the same evaluation stands for it."""
-    file, chat, limits = options.folder / "evaluate.jsonl", Chat(student.tokenizer), limits_of(config)
+    file, limits = options.folder / "evaluate.jsonl", limits_of(config)
     done = _results(file)
+    # A student without a run is told the day of its first evaluation in this folder, so that all can be compared.
+    chat = Chat(student.tokenizer, config.date or next((row["date"] for row in done if "date" in row), ""))
     untrained = {name: tensor.clone() for name, tensor in student.adapter_state().items()}
     temperature = options.temperature if options.samples > 1 else 0.0
     first: dict[str, dict] = {}
@@ -196,6 +200,7 @@ def _evaluate_all(options: Options, config: Config, engine: Engine, student: Stu
             identity = {
                 "name": adapter, "suite": suite, "samples": options.samples, "temperature": temperature,
                 "keys": [e.key for e in examples], "limits": asdict(limits), "weights": _weights(student),
+                "date": chat.date, "facts": digest([chat.fingerprint(), facts_of(examples)]),
             }  # fmt: skip
             result = next((row for row in done if identity.items() <= row.items()), None)
             if result is None:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def student_records(config: Config) -> tuple[list[Rollout], dict[str, int]]:
         examples, teacher = training_examples(config, Path(scratch), print)
     student = load_student(config.student, quant=config.quant, lora_rank=1, device=config.device, dtype=config.dtype)
     chosen = examples[: config.sft_steps * config.sft_batch]
-    rollouts = sft.teacher_rollouts(Chat(student.tokenizer), chosen, teacher, config)
+    rollouts = sft.teacher_rollouts(Chat(student.tokenizer, config.date), chosen, teacher, config)
     return rollouts, student.tokenizer.get_vocab()
 
 
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--soft-labels must name the file to write, and --sft-steps must not be 0.")
         if own.labels < 1:
             raise UserError(f"--labels is {own.labels}; keep 1 token or more at each position.")
-        config = replace(config, device=compute_device(config.device))
+        config = replace(config, device=compute_device(config.device), date=config.date or str(date.today()))
         rollouts, vocabulary = student_records(config)
         teacher = load_student(
             own.model, quant=config.quant, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if own.adapter:
             teacher.load_adapter(own.adapter)
         labels = label(teacher, own.model, rollouts, min(own.labels, len(vocabulary)))
-        soft.write(Path(config.soft_labels), labels)
+        soft.write(Path(config.soft_labels), replace(labels, date=config.date))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,6 +11,8 @@ switched on. Where outside text spells such a mark it is encoded in two parts: i
 from __future__ import annotations
 
 import json
+import datetime
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -53,13 +55,15 @@ class Turn:
 class Chat:
     """Encodes the conversation of one tokenizer's chat template, append-only."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str = ""):
+        """`date`, as 2026-12-01, is what a template is told that asks for the day; "" is today."""
         if not tokenizer.chat_template:
             raise UserError(
                 f"The tokenizer of {tokenizer.name_or_path} has no chat template; use an instruct model, "
                 "or add a chat_template to its tokenizer_config.json."
             )
         self.tokenizer = tokenizer
+        self.date = date or str(datetime.date.today())
         self._special = frozenset(tokenizer.all_special_ids) | {
             i for i, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -121,12 +125,23 @@ class Chat:
         """A teacher's assistant turn as tokens, closed as the template closes it."""
         return [*self._plain(self._breaks_of_turns.sub(_broken, _inert(text))), self.end_id]
 
+    def fingerprint(self) -> str:
+        """Hash of the tokens that template, tokenizer and date make of a small conversation."""
+        schema = {"type": "object", "properties": {"x": {"type": "number", "description": "how much"}}}
+        tools = (ToolSpec("probe", "Probes 3 things.", schema), ToolSpec("other", "Does more.", schema))
+        example = Example("", "What is 12 times 3.5?", ("42",), tools, "math", "")
+        turns = [self.prompt_ids(example), self.turn_ids("Let me see."), self.result_ids(["42"]), self.result_ids("ab")]
+        return hashlib.sha256(repr(turns).encode()).hexdigest()[:16]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Tokens as text, special tokens shown."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def _render(self, messages: list[dict[str, str]], *, tools, generate: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=generate, tokenize=False)
+        template = _on(self.date, self.tokenizer.get_chat_template(tools=tools))
+        return self.tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=template, add_generation_prompt=generate, tokenize=False
+        )
 
     def _encode(self, rendered: str, slots: Sequence[str]) -> list[int]:
         """Encode template text with special tokens, and each slot's content without."""
@@ -203,6 +218,21 @@ def _end_of_json(text: str, start: int) -> int:
         return first + _JSON.raw_decode(text[first : first + MAX_CALL_CHARS])[1]
     except (ValueError, RecursionError):
         return start
+
+
+def _on(date: str, template: str) -> str:
+    """The template, its clock stopped at the beginning of this day: a template is handed no functions, so by a macro.
+
+    The line break after the macro belongs to it, and what the template itself begins with stays as it is.
+    """
+    if "strftime_now" not in template:
+        return template
+    day = datetime.datetime.fromisoformat(date)
+    told = {f"%{letter}": day.strftime(f"%{letter}") for letter in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"}
+    told |= {"%-d": f"{day.day}", "%e": f"{day.day:2}", "%-m": f"{day.month}", "%F": date}
+    told |= {"%D": day.strftime("%m/%d/%y"), "%T": "00:00:00", "%R": "00:00", "%%": "%"}
+    steps = "".join(f"|replace('{directive}', '{text}')" for directive, text in told.items())
+    return f"{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}\n{template}"
 
 
 def _slot(role: str, index: int) -> dict[str, str]:

@@ -5,7 +5,7 @@ train.py is the algorithm; this is what it stands on. Nothing here decides what 
 
 from __future__ import annotations
 
-import hashlib
+import datetime
 import json
 import random
 import subprocess
@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch
 
-from lite_mentor import checkpoint
+from lite_mentor import checkpoint, soft
 from lite_mentor.assets import cache_folder
 from lite_mentor.config import NEUTRAL, ROUNDING, Config
 from lite_mentor.device import compute_device, compute_dtype, too_small, why_cpu
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
 from lite_mentor.evaluate import suites
+from lite_mentor.facts import digest, facts_of
 from lite_mentor.fit import prove_fit, row_tokens
 from lite_mentor.log import RunLog
 from lite_mentor.loss import check_backend
@@ -46,6 +47,8 @@ class Run:
     config: Config
     out: Path
     log: RunLog
+    identity: Mapping[str, str]
+    """See `identity_of`."""
     student: Student
     chat: Chat
     engine: Engine
@@ -84,7 +87,11 @@ class Run:
             step,
             tensors=tensors | ({"reference": reference} if reference else {}),
             state=state
-            | {"refused_in_a_row": self.guard.in_a_row, "config": self.config.asdict(), "identity": self.identity()},
+            | {
+                "refused_in_a_row": self.guard.in_a_row,
+                "config": self.config.asdict(),
+                "identity": dict(self.identity),
+            },
             keep=2,
             spare=self.log.best_step("validation") if self.config.eval_every else None,
         )
@@ -142,15 +149,23 @@ class Run:
         for name in damaged:
             self.log.note(f"{name} starts anew; what was there is now {self.log.set_aside(name)}")
 
-    def identity(self) -> dict[str, str]:
-        """Hashes of what the configuration only names: the student's weights, and the examples with their records."""
-        data = hashlib.sha256()
-        for example in self.examples:
-            data.update(f"{example.key} {self.teacher[example.key].sha256}\n".encode())
-        return {
-            "the student's weights": self.student.fingerprint(),
-            "the tasks or the teacher's records": data.hexdigest(),
-        }
+
+LEARNED_FROM = ("the student's weights", "the tasks or the teacher's records")
+"""Of a run's identity, what it cannot go on without."""
+
+
+def identity_of(examples: Sequence[Example], teacher: TeacherCache, student: Student, chat: Chat) -> dict[str, str]:
+    """Hashes of what the configuration only names."""
+    facts = facts_of(examples).values()
+    said = [[example.key, list(teacher[example.key].messages)] for example in examples]
+    return {
+        "the student's weights": student.fingerprint(),
+        "the tasks or the teacher's records": digest(said),
+        "the descriptions of the tools": digest([f["tools"] for f in facts]),
+        "the code of the tools": digest([f["code"] for f in facts]),
+        "the checkers or the judge": digest([f["judge"] for f in facts]),
+        "the chat template or the tokenizer": chat.fingerprint(),
+    }
 
 
 def differences(found: checkpoint.Checkpoint, run: Run) -> tuple[list[str], list[str]]:
@@ -162,8 +177,10 @@ def differences(found: checkpoint.Checkpoint, run: Run) -> tuple[list[str], list
         if now.get(name) != then.get(name):
             sentence = f"{name} was {then.get(name)} and is {now.get(name)}"
             (inexact if name in ROUNDING else other).append(sentence)
-    identity = run.identity()
-    other += [f"{what} have changed" for what, value in found.state["identity"].items() if identity[what] != value]
+    before = found.state["identity"]
+    gone = [what for what, value in run.identity.items() if before.get(what) != value]
+    other += [f"{what} have changed" for what in gone if what in LEARNED_FROM]
+    inexact += [f"{what} changed" for what in gone if what not in LEARNED_FROM]
     here = checkpoint.versions()
     for package, version in found.versions.items():
         if here.get(package) != version:
@@ -178,7 +195,7 @@ def prepare(config: Config) -> Iterator[Run]:
     out = Path(config.resume or config.out or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     # What `auto` means is decided once and written down: a resumed run must not decide otherwise.
     dtype = "bf16" if compute_dtype(device, config.dtype) is torch.bfloat16 else "fp32"
-    config = replace(config, device=device, dtype=dtype, out=str(out))
+    config = replace(config, device=device, dtype=dtype, out=str(out), date=config.date or first_day(config))
     check_backend(config)
     with ExitStack() as stack:
         stack.enter_context(checkpoint.lock(out))
@@ -199,7 +216,7 @@ def prepare(config: Config) -> Iterator[Run]:
             rollout_weights=config.rollout_weights,
         )
         log.note(student.describe())
-        chat, limits = Chat(student.tokenizer), limits_of(config)
+        chat, limits = Chat(student.tokenizer, config.date), limits_of(config)
         seen = config.sft_steps * config.sft_batch + config.steps * config.prompts_per_step
         for example in (*examples[:seen], *(e for suite in held_out.values() for e in suite)):
             prompt_of(chat, example, limits)  # none may be too long, and better now than in the middle of the night
@@ -221,6 +238,7 @@ def prepare(config: Config) -> Iterator[Run]:
             config=config,
             out=out,
             log=log,
+            identity=identity_of(examples, teacher, student, chat),
             student=student,
             chat=chat,
             engine=engine,
@@ -234,6 +252,12 @@ def prepare(config: Config) -> Iterator[Run]:
             sampling=Sampling(config.temperature, config.top_k, config.top_p),
             guard=Guard(out, log.note),
         )
+
+
+def first_day(config: Config) -> str:
+    """What a new run's template is told as the date: that of the soft labels, for they are of the same tokens."""
+    labelled = soft.read(Path(config.soft_labels)).date if config.soft_labels else ""
+    return labelled or str(datetime.date.today())
 
 
 def slots(config: Config) -> int:
@@ -261,7 +285,7 @@ def training_examples(config: Config, out: Path, note: Callable[[str], None]) ->
 def open_teacher(config: Config, examples: Sequence[Example], note: Callable[[str], None]) -> TeacherCache:
     """The cache that --teacher names; or the built-in tasks' own solutions, which `lite_mentor.teach` writes once.
 
-    Its folder is named by what the tasks are, so that a version which makes other tasks does not find these.
+    Its folder is named by what the tasks are made of, so that a version which makes other ones does not find these.
     """
     if config.teacher:
         return open_cache(Path(config.teacher))
@@ -270,7 +294,7 @@ def open_teacher(config: Config, examples: Sequence[Example], note: Callable[[st
             f"--task {config.task} needs --teacher: fill a cache with python -m lite_mentor.teach --suite "
             f"{config.task} --source endpoint --out DIR (or --source local), and name it."
         )
-    content = hashlib.sha256(" ".join(example.key for example in examples).encode()).hexdigest()
+    content = digest(facts_of(examples))
     folder = cache_folder() / "teachers" / f"{config.task}-{len(examples)}-{content[:12]}"
     if not (folder / "manifest.json").exists():
         command = [sys.executable, "-m", "lite_mentor.teach", "--suite", config.task, "--source", "oracle"]

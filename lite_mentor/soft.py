@@ -38,6 +38,8 @@ class SoftLabels:
     """float32: their logprobs."""
     first: Mapping[str, int]
     """Row of each rollout's first label, by `key_of`."""
+    date: str = ""
+    """The day that the rollouts' template was told (Config.date)."""
 
     def of(self, rollouts: Sequence[Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids [N, K] int64, logprobs [N, K]) of these rollouts' sampled tokens. UserError where there are none."""
@@ -62,7 +64,7 @@ def key_of(rollout: Rollout) -> str:
 def write(path: Path, labels: SoftLabels) -> None:
     """One safetensors file, whole or not at all. Raises UserError when it cannot be written."""
     tensors = {"ids": labels.ids_NK.contiguous(), "logp": labels.logp_NK.contiguous()}
-    about = json.dumps({"teacher": labels.teacher, "first": dict(labels.first)})
+    about = json.dumps({"teacher": labels.teacher, "first": dict(labels.first), "date": labels.date})
     content = save(tensors, metadata={"labels": about, "sha256": _digest(tensors, about)})
     unfinished = path.with_name(path.name + ".tmp")
     try:
@@ -85,7 +87,8 @@ def read(path: Path) -> SoftLabels:
         if about["sha256"] != _digest(tensors, about["labels"]):
             raise ValueError("its sha256 does not match its content")
         content = json.loads(about["labels"])
-        return SoftLabels(content["teacher"], tensors["ids"], tensors["logp"], content["first"])
+        date = content.get("date", "")
+        return SoftLabels(content["teacher"], tensors["ids"], tensors["logp"], content["first"], date)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(
             f"--soft-labels {path} cannot be read ({error}); make it with python -m lite_mentor.label."

@@ -26,7 +26,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from lite_mentor import attention
@@ -36,7 +42,7 @@ from lite_mentor.device import compute_dtype, memory_left
 from lite_mentor.errors import UserError
 from lite_mentor.fused import FusedLinear, SharedProduct, same_input
 from lite_mentor.norms import fuse_norms
-from lite_mentor.tiny import tiny_student
+from lite_mentor.tiny import tiny_student, tiny_tokenizer
 
 # Importing bitsandbytes on a CPU logs that an optional kernel was not found; what it has instead is what we want.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward from" not in r.getMessage())
@@ -385,6 +391,18 @@ def _load_student(
         student = Student(model, tokenizer, name=name, source=source, lora=lora, rollout_weights=rollout_weights)
     _prove(student)
     return student
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A student's tokenizer alone. Raises UserError."""
+    if name == "tiny":
+        return tiny_tokenizer()
+    folder = resolve_student(name)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"--student {name}: its tokenizer cannot be loaded from {folder} ({reason}).") from error
 
 
 def _check_bitsandbytes() -> None:

@@ -27,12 +27,13 @@ import tyro
 from rich.progress import Progress
 
 from lite_mentor.errors import UserError
+from lite_mentor.facts import Facts, facts_of
 from lite_mentor.judge import boxed, is_right
-from lite_mentor.prompt import ASK_FOR_BOX, CALL_CLOSE, CALL_OPEN, json_schema, parse_turn
+from lite_mentor.prompt import ASK_FOR_BOX, CALL_CLOSE, CALL_OPEN, Chat, json_schema, parse_turn
 from lite_mentor.sandbox import open_sandbox
 from lite_mentor.tasks import load_suite, resolve_arguments
 from lite_mentor.tasks.jsonl import read_tasks
-from lite_mentor.teacher import Manifest, append_to, seal
+from lite_mentor.teacher import Manifest, append_to, changed, read_manifest, seal, with_facts
 from lite_mentor.tools import RunCall, caller, render_call
 from lite_mentor.types import Example, TeacherRecord, ToolCall
 
@@ -81,8 +82,11 @@ class Options:
     """off: tools of yours can read and change your files and use the network."""
 
 
-def fill(options: Options, examples: Sequence[Example], ask: Ask) -> None:
-    """Append a record of every example that has none yet. Raises UserError when the folder is another teacher's."""
+def fill(options: Options, examples: Sequence[Example], ask: Ask, run: RunCall) -> None:
+    """Append a record of every example that has none yet, or none that still holds (see `renewed`).
+
+    Raises UserError when the folder is another teacher's.
+    """
     manifest = Manifest(
         teacher=teacher_name(options),
         source=options.source,
@@ -91,17 +95,48 @@ def fill(options: Options, examples: Sequence[Example], ask: Ask) -> None:
         command=tuple(command(options)),
     )
     with append_to(options.out, manifest) as cache, Progress(disable=not sys.stdout.isatty()) as progress:
-        todo = list({e.key: e for e in examples if e.key not in cache.done}.values())
+        facts = facts_of(examples)
+        todo = {e.key: e for e in examples if e.key not in cache.done or cache.done[e.key].facts != facts[e.key]}
+        old = [cache.done[key] for key in todo if key in cache.done]
+        for record in old:
+            kept = renewed(record, todo[record.example_key], facts[record.example_key], run)
+            if kept:
+                cache.append(kept)
+                del todo[record.example_key]
+        if old:
+            again = sum(key in cache.done for key in todo)
+            what = ", ".join(sorted({word for r in old for word in changed(r.facts, facts[r.example_key])}))
+            print(
+                f"{options.out}: {len(old)} records were made with {what}; {again} no longer hold and are asked again"
+            )
         task = progress.add_task(f"{manifest.teacher} on {options.suite}", total=len(todo))
         try:
-            with contextlib.closing(ask(todo)) as records:
+            with contextlib.closing(ask(list(todo.values()))) as records:
                 for record in records:
-                    cache.append(record)
+                    cache.append(with_facts(record, facts[record.example_key]))
                     progress.advance(task)
         finally:
             cache.publish()
-    total, correct = len(cache.done), sum(cache.done.values())
+    total, correct = len(cache.done), sum(record.correct for record in cache.done.values())
     print(f"{options.out}: {total} records, {len(todo)} of them new; {correct} correct, {total - correct} rejected")
+
+
+def renewed(record: TeacherRecord, example: Example, now: Facts, run: RunCall) -> TeacherRecord | None:
+    """The record under the facts of now, judged again; None when the teacher must be asked again.
+
+    That is so when it was told of other tools, or when its calls, run again by other code, have other results.
+    """
+    then = record.facts
+    if then.get("tools", now["tools"]) != now["tools"]:
+        return None
+    if then.get("code") != now["code"]:
+        calls: list[ToolCall] = []
+        for call in record.calls:
+            calls.append(run(call.raw, example, calls))
+        if tuple(calls) != record.calls:
+            return None
+    answer = record.answer or None
+    return with_facts(record_of(example, record.teacher, record.messages, record.calls, answer), now)
 
 
 def teacher_name(options: Options) -> str:
@@ -110,12 +145,15 @@ def teacher_name(options: Options) -> str:
     return f"{options.source}:{name}" if name else options.source
 
 
-def decoding(options: Options) -> dict[str, float]:
+def decoding(options: Options) -> dict[str, float | str]:
     """The settings that change what the teacher says."""
     if options.source == "oracle":
         return {}
-    temperature = options.temperature if options.source == "endpoint" else 0.0
-    return {"temperature": temperature, "max_turns": options.max_turns, "max_new_tokens": options.max_new_tokens}
+    limits = {"max_turns": options.max_turns, "max_new_tokens": options.max_new_tokens}
+    if options.source == "endpoint":
+        return {"temperature": options.temperature, **limits}
+    chat = chat_of(options)
+    return {"temperature": 0.0, **limits, "date": chat.date, "prompt": chat.fingerprint()}
 
 
 def command(options: Options) -> list[str]:
@@ -325,20 +363,27 @@ def call_text(name: str, arguments: str) -> str:
 # --- a model on this machine ------------------------------------------------------------------------------------
 
 
+def chat_of(options: Options) -> Chat:
+    """The local teacher's template; it tells the day on which the cache was begun, also when that goes on later."""
+    from lite_mentor.student import load_tokenizer
+
+    if not options.student:
+        raise UserError("--source local needs --student: a folder, a hub id, or smollm2-135m.")
+    begun = read_manifest(options.out).decoding.get("date", "") if (options.out / "manifest.json").exists() else ""
+    return Chat(load_tokenizer(options.student), str(begun))
+
+
 def local(options: Options, examples: Sequence[Example], run: RunCall) -> Generator[TeacherRecord, None, None]:
     """Greedy episodes of a Hugging Face model, by the engine that students use."""
     from lite_mentor.device import compute_device
     from lite_mentor.engine import Engine, Sampling
-    from lite_mentor.prompt import Chat
     from lite_mentor.rollout import Limits, messages_of, roll_out
     from lite_mentor.student import load_student
 
-    if not options.student:
-        raise UserError("--source local needs --student: a folder, a hub id, or smollm2-135m.")
     if not examples:
         return
     model = load_student(options.student, quant="none", lora_rank=1, device=compute_device())
-    chat = Chat(model.tokenizer)
+    chat = chat_of(options)
     limits = Limits(options.max_turns, options.max_new_tokens, MAX_PROMPT_TOKENS)
     engine = Engine.of(model, slots=options.concurrency, context=MAX_PROMPT_TOKENS + options.max_new_tokens)
     for start in range(0, len(examples), options.concurrency):
@@ -381,11 +426,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(sandbox.note, file=sys.stderr)
             run = caller(sandbox.call)
             if options.source == "oracle":
-                fill(options, examples, lambda todo: (oracle(example, run) for example in todo))
+                fill(options, examples, lambda todo: (oracle(example, run) for example in todo), run)
             elif options.source == "endpoint":
-                fill(options, examples, Endpoint(options, run).ask_all)
+                fill(options, examples, Endpoint(options, run).ask_all, run)
             else:
-                fill(options, examples, lambda todo: local(options, todo, run))
+                fill(options, examples, lambda todo: local(options, todo, run), run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

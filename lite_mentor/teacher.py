@@ -1,6 +1,7 @@
 """The teacher's cache: a folder of finished trajectories, every byte of which is verified before a run trusts it.
 
-    records.jsonl     one TeacherRecord a line, each with the sha256 of its own content; it only ever grows
+    records.jsonl     one TeacherRecord a line, each with the sha256 of its own content; it only ever grows, and of an
+                      example's lines, made under other facts (facts.py) each, the last one counts
     manifest.json     the teacher, how it decoded, the suite, and the sha256 of that part of records.jsonl which counts
 
 The cache is all that a run needs of its teacher: no teacher model is in memory while the student learns. Lines beyond
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lite_mentor.errors import UserError
+from lite_mentor.facts import Facts, facts_of
 from lite_mentor.types import CALL_STATUSES, Example, TeacherRecord, ToolCall
 
 try:
@@ -30,7 +32,8 @@ try:
 except ImportError:  # Windows: two fills of one folder at the same time are not kept apart
     fcntl = None
 
-FORMAT = 1
+FORMAT = 2
+"""Of the manifest. In format 1, which is still read, records had no facts and an example had one line."""
 PUBLISH_SECONDS = 20.0
 """A long fill brings its manifest up to date this often."""
 _RECORDS, _MANIFEST = "records.jsonl", "manifest.json"
@@ -50,12 +53,14 @@ class Manifest:
 
     teacher: str
     source: str
-    decoding: Mapping[str, float]
+    decoding: Mapping[str, float | str]
     suite: str
     command: tuple[str, ...]
     """Arguments of the last `python -m lite_mentor.teach`, without --out."""
     records: int = 0
+    """Lines."""
     correct: int = 0
+    """Examples that were answered correctly."""
     bytes: int = 0
     sha256: str = hashlib.sha256().hexdigest()
     """Of the first `bytes` bytes of records.jsonl, which hold `records` lines."""
@@ -73,8 +78,10 @@ class TeacherCache(Mapping[str, TeacherRecord]):
 
     def __init__(self, path: Path, manifest: Manifest, records: Sequence[TeacherRecord]):
         self.path, self.manifest = path, manifest
-        self._records = {r.example_key: r for r in records if r.correct}
-        self._wrong = {r.example_key for r in records if not r.correct}
+        latest = {r.example_key: r for r in records}
+        self._records = {key: r for key, r in latest.items() if r.correct}
+        self._wrong = set(latest) - set(self._records)
+        self._facts = {key: r.facts for key, r in latest.items()}
 
     @property
     def rejected(self) -> int:
@@ -114,9 +121,10 @@ class TeacherCache(Mapping[str, TeacherRecord]):
     def usable(self, examples: Sequence[Example]) -> list[Example]:
         """The examples that the teacher answered correctly.
 
-        Raises UserError when some were never shown to the teacher, and when none is left.
+        Raises UserError when some were never shown to the teacher, or were since changed, and when none is left.
         """
         self.covers(examples)
+        self._check_facts(examples)
         kept = [e for e in examples if e.key in self._records]
         if examples and not kept:
             raise UserError(
@@ -124,6 +132,27 @@ class TeacherCache(Mapping[str, TeacherRecord]):
                 "correctly; fill a cache with another one: python -m lite_mentor.teach --help"
             )
         return kept
+
+    def _check_facts(self, examples: Sequence[Example]) -> None:
+        now = facts_of(examples)
+        stale = {e.key: changed(self._facts[e.key], now[e.key]) for e in examples if self._facts[e.key] != now[e.key]}
+        if stale:
+            what = ", ".join(sorted({name for names in stale.values() for name in names}))
+            raise UserError(
+                f"{len(stale)} of {len(examples)} records in the teacher's cache {self.path} were made with {what}, "
+                f"the first being that of example {next(iter(stale))}; bring them up to date with: "
+                f"{self.manifest.refill(self.path)} (what still holds is not asked again)."
+            )
+
+
+_WORDS = {"tools": "other descriptions of the tools", "code": "other code of the tools", "judge": "another judge"}
+
+
+def changed(then: Facts, now: Facts) -> list[str]:
+    """In words, which facts are others now."""
+    if not then:
+        return ["tools and a judge that they do not tell"]
+    return [_WORDS[name] for name in now if then.get(name) != now[name]]
 
 
 def open_cache(path: Path) -> TeacherCache:
@@ -141,7 +170,7 @@ def open_cache(path: Path) -> TeacherCache:
             f"fill in what is missing with: {remedy}"
         )
     records = records[: manifest.records]
-    counted = (len(records), sum(r.correct for r in records))
+    counted = (len(records), sum({r.example_key: r.correct for r in records}.values()))
     described = hashlib.sha256(content[: manifest.bytes]).hexdigest()
     if described != manifest.sha256 or counted != (manifest.records, manifest.correct):
         raise UserError(
@@ -158,13 +187,15 @@ def read_manifest(path: Path) -> Manifest:
         content = file.read_bytes()
         row = _json_object(content)
         version = row.pop("format", None)
-        if version != FORMAT:
+        if version not in (1, FORMAT):
             raise UserError(
                 f"{file} has format {str(version)[:20]!r} and this version reads {FORMAT}; delete {path} and fill it "
                 f"again with: {remedy}"
             )
         manifest = _manifest(row)
-        if content != _render_manifest(manifest):  # the seal covers values, and one value can be spelt in several ways
+        if content != _render_manifest(
+            manifest, version
+        ):  # the seal covers values, and one value can be spelt in several ways
             raise ValueError("it is not spelt as it was written")
         return manifest
     except OSError as error:
@@ -189,20 +220,22 @@ def _manifest(row: Mapping[str, Any]) -> Manifest:
 
 def _read_lines(content: bytes, file: Path, teacher: str, remedy: str) -> list[TeacherRecord]:
     """The records of all complete lines, verified one by one. Raises UserError."""
-    records: dict[str, TeacherRecord] = {}
+    records: list[TeacherRecord] = []
+    facts: dict[str, Facts] = {}
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
             record = _record(line)
             if record.teacher != teacher:
                 raise ValueError(f"it is of the teacher {record.teacher[:60]!r} and not of {teacher!r}")
-            if record.example_key in records:
-                raise ValueError(f"example {record.example_key[:40]!r} has a record already")
+            if facts.get(record.example_key) == record.facts:
+                raise ValueError(f"example {record.example_key[:40]!r} has this record already")
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{file} line {number} cannot be used ({error}); delete that line, then fill it in again with: {remedy}"
             ) from error
-        records[record.example_key] = record
-    return list(records.values())
+        records.append(record)
+        facts[record.example_key] = record.facts
+    return records
 
 
 def _record(line: bytes) -> TeacherRecord:
@@ -219,7 +252,8 @@ def _record(line: bytes) -> TeacherRecord:
     if [m["content"] for m in messages if m["role"] == "tool"] != [call.result for call in calls]:
         raise ValueError("its tool messages are not the results of its calls")
     texts = {name: _typed(row, name, str) for name in ("example_key", "teacher", "answer")}
-    record = seal(**texts, messages=messages, calls=calls, correct=_typed(row, "correct", bool))
+    facts = _typed(row, "facts", dict) if "facts" in row else {}
+    record = seal(**texts, messages=messages, calls=calls, correct=_typed(row, "correct", bool), facts=facts)
     if record.correct and messages[-1]["role"] != "assistant":
         raise ValueError("it is marked as correct and has no last word")
     if render_record(record) != line + b"\n":
@@ -257,6 +291,11 @@ def seal(**content: Any) -> TeacherRecord:
     return dataclasses.replace(record, sha256=hashlib.sha256(_canonical(_content(record))).hexdigest())
 
 
+def with_facts(record: TeacherRecord, facts: Facts) -> TeacherRecord:
+    """The record, sealed again under these facts."""
+    return seal(**{name: value for name, value in vars(record).items() if name != "sha256"} | {"facts": dict(facts)})
+
+
 def render_record(record: TeacherRecord) -> bytes:
     """A record as its line of records.jsonl."""
     return _canonical({**_content(record), "sha256": record.sha256}) + b"\n"
@@ -274,14 +313,16 @@ class CacheWriter:
         if len(whole) < len(content):
             _log.warning("%s: dropped %d bytes of an unfinished last line", file.name, len(content) - len(whole))
             file.truncate(len(whole))
-        self.done = {record.example_key: record.correct for record in records}
-        """Is the record correct? By example key."""
+        self.done = {record.example_key: record for record in records}
+        """The record of each example, by its key."""
+        self._lines = len(records)
         self.path, self.manifest, self._file = path, manifest, file
         self._hash, self._bytes, self._published = hashlib.sha256(whole), len(whole), time.monotonic()
 
     def append(self, record: TeacherRecord) -> None:
-        """Add the record of an example that has none yet. Raises UserError when it cannot be written."""
-        assert record.example_key not in self.done, record.example_key
+        """Add the record of an example that has none under these facts. Raises UserError when it cannot be written."""
+        before = self.done.get(record.example_key)
+        assert before is None or before.facts != record.facts, record.example_key
         line = render_record(record)
         with self._writing():
             try:
@@ -293,7 +334,8 @@ class CacheWriter:
                 raise
         self._hash.update(line)
         self._bytes += len(line)
-        self.done[record.example_key] = record.correct
+        self._lines += 1
+        self.done[record.example_key] = record
         if time.monotonic() - self._published >= PUBLISH_SECONDS:
             self.publish()
 
@@ -305,7 +347,8 @@ class CacheWriter:
 
     def _publish(self) -> None:
         os.fsync(self._file.fileno())
-        counts = dict(records=len(self.done), correct=sum(self.done.values()), bytes=self._bytes)
+        correct = sum(record.correct for record in self.done.values())
+        counts = dict(records=self._lines, correct=correct, bytes=self._bytes)
         manifest = dataclasses.replace(self.manifest, **counts, sha256=self._hash.hexdigest())
         temporary = self.path / f"{_MANIFEST}.tmp"
         with open(temporary, "wb") as file:
@@ -360,9 +403,9 @@ def _wait_for_others(file: BinaryIO) -> None:
 
 def _content(record: TeacherRecord) -> dict[str, Any]:
     calls = [dict(vars(call), arguments=dict(call.arguments)) for call in record.calls]
-    row = dict(vars(record), messages=[dict(m) for m in record.messages], calls=calls)
+    row = dict(vars(record), messages=[dict(m) for m in record.messages], calls=calls, facts=dict(record.facts))
     del row["sha256"]
-    return row
+    return row if row["facts"] else {name: value for name, value in row.items() if name != "facts"}
 
 
 def _sealed(row: Mapping[str, Any]) -> bytes:
@@ -370,8 +413,8 @@ def _sealed(row: Mapping[str, Any]) -> bytes:
     return _canonical({**row, "seal": hashlib.sha256(_canonical(row)).hexdigest()})
 
 
-def _render_manifest(manifest: Manifest) -> bytes:
-    row = {"format": FORMAT, **json.loads(_sealed(dataclasses.asdict(manifest)))}
+def _render_manifest(manifest: Manifest, version: int = FORMAT) -> bytes:
+    row = {"format": version, **json.loads(_sealed(dataclasses.asdict(manifest)))}
     return json.dumps(row, indent=1).encode()
 
 

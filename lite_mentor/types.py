@@ -11,6 +11,8 @@ Shapes are named by suffix, here and everywhere:
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -40,6 +42,11 @@ class ToolSpec:
     """Called in this process with validated keyword arguments. None when `path` names it instead."""
     path: str | None = None
     """`module:function` of a tool that is not ours: it runs in a worker process, under a time limit."""
+
+    @functools.cached_property
+    def read(self) -> str:
+        """All that can be read of it, as JSON."""
+        return json.dumps([self.name, self.description, self.parameters], sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,8 @@ class TeacherRecord:
     correct: bool
     sha256: str
     """Of the canonical JSON of all the other fields."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """What its example was made of (facts.py) when the calls were run and the answer was judged."""
 
 
 @dataclass(frozen=True)

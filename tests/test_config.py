@@ -67,6 +67,8 @@ def test_unknown_preset_names_the_presets():
         (["--updates-per-step", "3"], "does not divide"),
         (["--micro-tokens", "100"], "--micro-tokens 100 cannot hold one rollout"),
         (["--device", "tpu"], "use auto, cpu or cuda"),
+        (["--date", "2026-02-30"], "--date '2026-02-30': write a day as 2026-12-01"),
+        (["--date", "20261201"], "--date '20261201': write a day as 2026-12-01"),
         (["--device", "cudax"], "use auto, cpu or cuda"),
         (["--device", "c\n"], "--device 'c\\n': use auto"),
         (["--preset", "a\nb"], "--preset 'a\\nb': there is no such preset"),

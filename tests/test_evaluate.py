@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from lite_mentor.config import PRESETS
 from lite_mentor.errors import UserError
 from lite_mentor.evaluate import suites
 from lite_mentor.run import training_examples
+from lite_mentor.prompt import Chat
 from lite_mentor.statistics import compare
 from lite_mentor.student import load_student
 from tests.test_train import SHORT
@@ -63,6 +65,24 @@ def test_the_command_compares_the_cold_start_with_the_final_adapter(tmp_path, ca
     assert capsys.readouterr().out.strip().splitlines() == [first, second]
     with pytest.raises(TypeError):
         room.main([str(out), "--size", "8", "--samples", "2"])
+    for changed in ("fingerprint of the prompt", "facts of the examples"):
+        with monkeypatch.context() as patch, pytest.raises(TypeError):
+            if changed.startswith("facts"):
+                patch.setattr(room, "facts_of", lambda examples: {})
+            else:
+                patch.setattr(Chat, "fingerprint", lambda self: "another")
+            room.main([str(out), "--size", "8"])
+
+
+def test_a_student_is_told_the_same_day_in_all_evaluations_of_a_folder(tmp_path, capsys, monkeypatch):
+    command = [str(tmp_path), "--student", "tiny", "--preset", "tiny", "--adapters", "none", "--size", "2"]
+    assert room.main(command) == 0
+    file = tmp_path / "evaluate.jsonl"
+    row = json.loads(file.read_text())
+    assert row["date"] == str(datetime.date.today())
+    file.write_text(json.dumps(row | {"date": "2026-12-01"}) + "\n")
+    assert room.main([*command, "--suites", "validation", "test"]) == 0
+    assert [json.loads(line)["date"] for line in file.read_text().splitlines()] == ["2026-12-01"] * 2
 
 
 def test_a_student_without_a_run_is_sampled_and_passes_at_k(tmp_path, capsys, monkeypatch):

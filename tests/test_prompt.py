@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import datetime
 
 import pytest
 from hypothesis import given
@@ -248,3 +249,39 @@ def test_parsing_is_linear_in_the_text(piece, monkeypatch):
     text = piece * 4_000
     parse_turn(text)
     assert sum(read) <= 2 * len(text)
+
+
+@pytest.mark.parametrize(
+    "start", ["", "\n  ", "  {% set a = 1 %}\n x", "{% macro day() %}{{ strftime_now('%j') }}{% endmacro %}"]
+)
+@pytest.mark.parametrize("date", ["2026-12-01", "2024-02-29"])
+def test_a_template_is_told_the_day_that_was_chosen(start, date):
+    written = "%d %b %Y|%A, %B %d|%Y-%m-%d|%-d.%-m.%y|%e|%H:%M:%S|%I %p|%T|%R|%D|%F|%j %U %w|100 %%"
+    tokenizer = tiny_tokenizer()
+    asks = "{{ strftime_now('" + written + "') if strftime_now is defined }}"
+    inside = "{{ day() }}" if "macro" in start else ""
+    tokenizer.chat_template = start + inside + asks + QWEN_LIKE
+    chat = Chat(tokenizer, date)
+    midnight = datetime.datetime.fromisoformat(date)
+    asked = [{"role": "user", "content": "q"}]
+    found = chat._render(asked, tools=None, generate=True)
+    # Elsewhere it is what transformers renders, up to the last space.
+    tokenizer.chat_template = (
+        start + inside.replace("day()", repr(midnight.strftime("%j"))) + midnight.strftime(written)
+    )
+    tokenizer.chat_template += QWEN_LIKE
+    assert found == tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert Chat(tiny_tokenizer(), "2026-12-01").fingerprint() == Chat(tiny_tokenizer()).fingerprint()
+    assert Chat(tokenizer).fingerprint() != Chat(tiny_tokenizer()).fingerprint()
+
+
+def test_a_fingerprint_knows_template_tokenizer_and_day(chat, native):
+    dated = tiny_tokenizer()
+    dated.chat_template = "{{ strftime_now('%d') }}" + dated.chat_template
+    more = tiny_tokenizer()
+    more.add_tokens(["probe"])
+    brief = tiny_tokenizer()
+    brief.chat_template = "{{ 'Be brief.' if not tools }}" + QWEN_LIKE
+    chats = [chat, native, Chat(dated, "2026-12-01"), Chat(dated, "2026-12-02"), Chat(more), Chat(brief)]
+    assert len({c.fingerprint() for c in chats}) == len(chats)
+    assert Chat(tiny_tokenizer()).fingerprint() == chat.fingerprint()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lite_mentor.errors import UserError
 from lite_mentor.loss import supervised_loss
 from lite_mentor.optim import Guard, make_optimizer
 from lite_mentor.prompt import Chat
-from lite_mentor.run import training_examples
+from lite_mentor.run import first_day, training_examples
 from lite_mentor.student import load_student
 
 FLAGS = [
@@ -198,6 +199,14 @@ def test_bad_commands_end_with_one_sentence(command, sentence, capsys):
     assert label.main(["--model", "tiny", *FLAGS, *command]) == 2
     found = capsys.readouterr().err.strip().splitlines()
     assert sentence in found[-1]
+
+
+def test_a_run_is_told_the_day_of_its_soft_labels(labels_file, tmp_path):
+    labels = soft.read(labels_file)
+    assert labels.date == str(datetime.date.today())
+    soft.write(tmp_path / "l.st", dataclasses.replace(labels, date="2026-12-01"))
+    assert first_day(parse([*FLAGS, "--soft-labels", str(tmp_path / "l.st")])) == "2026-12-01"
+    assert first_day(parse(FLAGS)) == str(datetime.date.today())
 
 
 def test_a_weight_is_a_share(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import datetime
 import json
 import sys
 import threading
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lite_mentor import teach
+from lite_mentor import prompt, teach
 from lite_mentor.errors import UserError
 from lite_mentor.prompt import ASK_FOR_BOX, Chat, json_schema
 from lite_mentor.sft import teacher_rollout
@@ -477,14 +478,20 @@ def test_without_the_client(ask, monkeypatch, capsys):
 # --- a model on this machine -----------------------------------------------------------------------------------
 
 
-def test_a_random_student_teaches_nothing(tmp_path, capsys):
+def test_a_random_student_teaches_nothing(tmp_path, capsys, monkeypatch):
     flags = ["--source", "local", "--student", "tiny", "--max-new-tokens", "40", "--concurrency", "3"]
     assert tiny(tmp_path, *flags) == 0
     assert capsys.readouterr().out.endswith("5 records, 5 of them new; 0 correct, 5 rejected\n")
     cache = open_cache(tmp_path)
     assert (len(cache), cache.rejected, cache.manifest.teacher) == (0, 5, "local:tiny")
-    assert cache.manifest.decoding == {"temperature": 0.0, "max_turns": 8, "max_new_tokens": 40}
+    decoding = dict(cache.manifest.decoding)
+    assert (decoding.pop("date"), len(decoding.pop("prompt"))) == (str(datetime.date.today()), 16)
+    assert decoding == {"temperature": 0.0, "max_turns": 8, "max_new_tokens": 40}
     with pytest.raises(UserError, match=r"\(local:tiny\) answered none of the 5 examples correctly"):
         cache.usable(load_suite("tiny", split="train", size=5, seed=0))
-    assert tiny(tmp_path, *flags) == 0
+    monkeypatch.setattr(prompt, "datetime", SimpleNamespace(date=SimpleNamespace(today=lambda: "2031-01-01")))
+    assert tiny(tmp_path, *flags) == 0  # under the day on which the cache was begun
     assert "0 of them new" in capsys.readouterr().out
+    monkeypatch.setattr(Chat, "fingerprint", lambda self: "another template")
+    assert tiny(tmp_path, *flags) == 2
+    assert "was filled with decoding" in capsys.readouterr().err

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from lite_mentor import teacher
 from lite_mentor.errors import UserError
+from lite_mentor.facts import facts_of
 from lite_mentor.tasks import make_example
-from lite_mentor.teacher import Manifest, append_to, open_cache, render_record, seal
+from lite_mentor.teacher import Manifest, append_to, open_cache, render_record, seal, with_facts
 from lite_mentor.tools import calculator_tools
 from lite_mentor.types import TeacherRecord, ToolCall
 
@@ -101,7 +102,7 @@ def test_a_line_is_canonical_json_with_its_own_hash(tmp_path):
     written = (content % f',"sha256":"{digest}"' + "\n").encode()
     assert fill(tmp_path, A).joinpath("records.jsonl").read_bytes() == written
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["bytes"] == len(written)
     assert manifest["sha256"] == hashlib.sha256(written).hexdigest()
 
@@ -199,6 +200,8 @@ HOSTILE = [
     (b'{"a": ' + b"9" * 5000 + b"}\n", "Exceeds the limit"),
     (sealed({**SOUND, "extra": 1}), "sha256 does not match"),
     (sealed({**SOUND, "correct": 1}), "correct is missing or not of type bool"),
+    (sealed({**SOUND, "facts": 1}), "facts is missing or not of type dict"),
+    (sealed({**SOUND, "facts": {}}), "sha256 does not match"),
     (sealed({**SOUND, "answer": None}), "answer is missing or not of type str"),
     (sealed({**SOUND, "example_key": ["a"]}), "example_key is missing or not of type str"),
     (sealed({**SOUND, "teacher": "other"}), "it is of the teacher 'other' and not of 'endpoint:m'"),
@@ -216,7 +219,7 @@ HOSTILE = [
     (sealed({**SOUND, "calls": [{**ONE_CALL, "arguments": []}]}), "arguments is missing or not of type dict"),
     (sealed({**SOUND, "calls": [{**ONE_CALL, "result": 3}]}), "result is missing or not of type str"),
     (sealed({**SOUND, "calls": [3]}), "a call has no status that is known"),
-    (render_record(A), "example 'a' has a record already"),
+    (render_record(A), "example 'a' has this record already"),
     (render_record(A).replace(b'"answer":', b'"answer": '), "sha256 does not match"),
 ]
 
@@ -243,8 +246,8 @@ def rewrite_manifest(path: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (dict(format=2), "has format '2' and this version reads 1"),
-        (dict(format=[]), "has format '[]' and this version reads 1"),
+        (dict(format=3), "has format '3' and this version reads 2"),
+        (dict(format=[]), "has format '[]' and this version reads 2"),
         (dict(bytes=True), "bytes is missing or not of type int"),
         (dict(records="1"), "records is missing or not of type int"),
         (dict(decoding=3), "decoding is missing or not of type dict"),
@@ -317,8 +320,9 @@ def test_it_is_a_mapping_of_the_correct_records(tmp_path):
 
 
 def test_covers_counts_what_is_missing_and_usable_keeps_what_is_correct(tmp_path):
-    cache = open_cache(fill(tmp_path, A, B, C))
     abc = [example("a"), example("b"), example("c")]
+    facts = facts_of(abc)
+    cache = open_cache(fill(tmp_path, *(with_facts(r, facts[r.example_key]) for r in (A, B, C))))
     cache.covers(abc)
     assert [e.key for e in cache.usable(abc)] == ["a", "c"]
     for method in (cache.covers, cache.usable):
@@ -341,7 +345,7 @@ def test_a_kill_at_any_byte_loses_one_line_and_readers_never_notice(tmp_path, ca
         caplog.clear()
         with append_to(tmp_path, MANIFEST) as cache:
             whole = after[:cut].count(b"\n")
-            assert list(cache.done.items()) == [("a", True), ("b", False), ("c", True)][:whole]
+            assert list(cache.done.items()) == [("a", A), ("b", B), ("c", C)][:whole]
             for r in [A, B, C][whole:]:
                 cache.append(r)
         assert file.read_bytes() == after
@@ -415,4 +419,4 @@ def test_two_fills_of_one_folder_take_turns(tmp_path, monkeypatch):
         assert waits.wait(60)
         cache.append(A)
     thread.join(60)
-    assert seen == {"a": True}
+    assert seen == {"a": A}

@@ -322,6 +322,42 @@ def test_resume_with_another_student_or_other_records(capsys, straight, tmp_path
     monkeypatch.undo()
     monkeypatch.setattr(checkpoint, "versions", lambda: {**versions(), "torch": "9.9"})
     assert "torch was 2." in complaint(capsys, *resume)
+    monkeypatch.undo()
+    assert "date was 20" in complaint(capsys, *resume, "--date", "2020-02-29")
+
+
+@pytest.mark.parametrize(
+    "what", ["the descriptions of the tools", "the code of the tools", "the checkers or the judge"]
+)
+def test_resume_with_other_tools_or_another_judge(capsys, straight, tmp_path, monkeypatch, what):
+    out = tmp_path / "copy"
+    shutil.copytree(straight, out)
+    identity_of = run_room.identity_of
+    monkeypatch.setattr(run_room, "identity_of", lambda *rooms: {**identity_of(*rooms), what: "another"})
+    error = complaint(capsys, "--resume", str(out), "--steps", "4")
+    assert f"cannot be continued bit for bit: {what} changed. Put that right, or accept it with --resume-a" in error
+    assert train.main(["--resume", str(out), "--resume-anyway"]) == 0
+    assert f"going on although {what} changed" in capsys.readouterr().out
+
+
+def test_a_run_tells_its_template_the_day_on_which_it_was_begun(capsys, tmp_path, monkeypatch):
+    student = tiny_student(tmp_path / "student")
+    template = student / "chat_template.jinja"
+    plain = template.read_text()
+    template.write_text("{{ 'Today is ' + strftime_now('%d %B %Y') + '. ' }}" + plain)
+    out = tmp_path / "run"
+    flags = ["--student", str(student), "--steps", "2", "--save-every", "1", "--eval-suites", "validation"]
+    assert run(out, *flags, "--date", "2026-12-01") == 0
+    assert json.loads((out / "config.json").read_text())["date"] == "2026-12-01"
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-000002")
+    assert train.main(["--resume", str(copy)]) == 0
+    for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
+        assert rows(out / name) == rows(copy / name), name
+    template.write_text("{{ 'Be brief. ' }}" + plain)
+    error = complaint(capsys, "--resume", str(copy), "--steps", "2")
+    assert "cannot be continued bit for bit: the chat template or the tokenizer changed. " in error
 
 
 def test_missing_student_folder(capsys, tmp_path):

@@ -1,0 +1,79 @@
+"""What examples were made of, as hashes, so that what is kept of them knows when that has changed.
+
+An example's key is its question, answer and the names of its tools: it stays when a tool is mended or a checker is
+corrected. A teacher's record, a checkpoint and an evaluation therefore also keep these facts, each by its name:
+
+    tools   what can be read of the tools: names, descriptions, schemas
+    code    the files in which their functions stand (not what those import)
+    judge   the checker, the judge, and the version of math-verify
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from lite_mentor import judge
+from lite_mentor.types import Example, ToolSpec
+
+Facts = Mapping[str, str]
+
+
+def facts_of(examples: Iterable[Example]) -> dict[str, Facts]:
+    """The facts of each example, by its key. Files are read, nothing is imported."""
+    code, read = functools.cache(_code_of), functools.cache(_sha256)
+    found = {}
+    for e in examples:
+        judged_by = [e.checker, e.world and code(_module_of(e.world.judge)), read(judge.__file__), _math_verify()]
+        found[e.key] = {
+            "tools": digest([tool.read for tool in e.tools]),
+            "code": digest([code(_module_of(tool.path)) if tool.path else _file_of(tool, read) for tool in e.tools]),
+            "judge": digest(judged_by),
+        }
+    return found
+
+
+def digest(content: Any) -> str:
+    """Hash of what JSON can hold, 64 bits of SHA-256."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _module_of(path: str) -> str:
+    return path.partition(":")[0]
+
+
+def _file_of(tool: ToolSpec, read) -> str:
+    file = inspect.getsourcefile(tool.function) if tool.function else None
+    return read(file) if file else ""
+
+
+def _code_of(module: str) -> str:
+    """Hash of a module's file, which is looked for where a worker would find it; "" where there is none."""
+    parts, folders = module.split("."), [os.getcwd(), *sys.path]
+    for end in range(1, len(parts) + 1):
+        spec = PathFinder.find_spec(".".join(parts[:end]), folders)
+        if spec is None:
+            return ""
+        folders = spec.submodule_search_locations or []
+    return _sha256(spec.origin) if spec.has_location else ""
+
+
+def _sha256(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+@functools.cache
+def _math_verify() -> str | None:
+    try:
+        return importlib.metadata.version("math-verify")
+    except importlib.metadata.PackageNotFoundError:
+        return None
