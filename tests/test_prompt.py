@@ -265,14 +265,10 @@ def test_a_template_is_told_the_day_that_was_chosen(start, date):
     midnight = datetime.datetime.fromisoformat(date)
     asked = [{"role": "user", "content": "q"}]
     found = chat._render(asked, tools=None, generate=True)
-    # Elsewhere it is what transformers renders, up to the last space.
-    tokenizer.chat_template = (
-        start + inside.replace("day()", repr(midnight.strftime("%j"))) + midnight.strftime(written)
-    )
-    tokenizer.chat_template += QWEN_LIKE
+    # All else is as transformers renders it, up to the last space.
+    inside = inside.replace("day()", repr(midnight.strftime("%j")))
+    tokenizer.chat_template = start + inside + midnight.strftime(written) + QWEN_LIKE
     assert found == tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    assert Chat(tiny_tokenizer(), "2026-12-01").fingerprint() == Chat(tiny_tokenizer()).fingerprint()
-    assert Chat(tokenizer).fingerprint() != Chat(tiny_tokenizer()).fingerprint()
 
 
 def test_a_fingerprint_knows_template_tokenizer_and_day(chat, native):
@@ -281,7 +277,7 @@ def test_a_fingerprint_knows_template_tokenizer_and_day(chat, native):
     more = tiny_tokenizer()
     more.add_tokens(["probe"])
     brief = tiny_tokenizer()
-    brief.chat_template = "{{ 'Be brief.' if not tools }}" + QWEN_LIKE
+    brief.chat_template = "{{ 'Be brief.' if tools }}" + QWEN_LIKE
     chats = [chat, native, Chat(dated, "2026-12-01"), Chat(dated, "2026-12-02"), Chat(more), Chat(brief)]
     assert len({c.fingerprint() for c in chats}) == len(chats)
-    assert Chat(tiny_tokenizer()).fingerprint() == chat.fingerprint()
+    assert Chat(tiny_tokenizer(), "2026-12-01").fingerprint() == chat.fingerprint()
