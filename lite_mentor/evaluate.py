@@ -85,6 +85,7 @@ def evaluate(
     result = {
         "n": len(examples),
         "keys": [e.key for e in examples],
+        "facts": _facts(chat, examples),
         "correct": correct,
         "accuracy": sum(correct) / len(rollouts),
         "ci95": list(
@@ -94,6 +95,11 @@ def evaluate(
         **tool_statistics(rollouts, _gold_tools(examples)),
     }
     return result, rollouts
+
+
+def _facts(chat: Chat, examples: Sequence[Example]) -> str:
+    """Hash of what decides a result beside weights and limits: how prompts are rendered, tools, checkers, the judge."""
+    return digest([chat.fingerprint(), facts_of(examples)])
 
 
 def _is_right(chat: Chat, rollout: Rollout, example: Example) -> bool:
@@ -200,7 +206,7 @@ def _evaluate_all(options: Options, config: Config, engine: Engine, student: Stu
             identity = {
                 "name": adapter, "suite": suite, "samples": options.samples, "temperature": temperature,
                 "keys": [e.key for e in examples], "limits": asdict(limits), "weights": _weights(student),
-                "date": chat.date, "facts": digest([chat.fingerprint(), facts_of(examples)]),
+                "date": chat.date, "facts": _facts(chat, examples),
             }  # fmt: skip
             result = next((row for row in done if identity.items() <= row.items()), None)
             if result is None:

@@ -68,7 +68,10 @@ def _code_of(module: str) -> str:
 
 
 def _sha256(file: str) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError:  # such as a module within an archive
+        return ""
 
 
 @functools.cache

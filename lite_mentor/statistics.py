@@ -34,8 +34,12 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, float, float] | None:
-    """(difference of accuracy, low, high) of two evaluations of the same examples; None when they are not the same."""
-    if before["keys"] != after["keys"] or not before["correct"]:
+    """(difference of accuracy, low, high) of two evaluations of the same examples; None when they are not the same.
+
+    Neither are those that were asked otherwise, had other tools or were judged by another judge.
+    """
+    same = before["keys"] == after["keys"] and before.get("facts") == after.get("facts")
+    if not same or not before["correct"]:
         return None
     return paired_bootstrap(before["correct"], after["correct"])
 

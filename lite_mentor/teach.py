@@ -4,8 +4,10 @@ r"""Fills the teacher's cache: shows every example to a teacher once, and keeps 
     python -m lite_mentor.teach --suite tasks.jsonl --source endpoint --base-url http://localhost:8000/v1 \
         --model MODEL --out cache/tasks
 
-Appends, skips what is there, and may be killed and started again at any time. train.py never imports this: it reads
-the cache. Every trajectory's calls are executed here and its answer is judged here, whoever the teacher is.
+Appends, skips what is there, and may be killed and started again at any time. Where a checker, the judge or a tool's
+code has changed, records are judged and their calls run again; the teacher is asked again only where that gives other
+results, or where it read other descriptions of the tools. train.py never imports this: it reads the cache. Every
+trajectory's calls are executed here and its answer is judged here, whoever the teacher is.
 """
 
 from __future__ import annotations

@@ -145,7 +145,11 @@ class TeacherCache(Mapping[str, TeacherRecord]):
             )
 
 
-_WORDS = {"tools": "other descriptions of the tools", "code": "other code of the tools", "judge": "another judge"}
+_WORDS = {
+    "tools": "other descriptions of the tools",
+    "code": "other code of the tools",
+    "judge": "another checker or judge",
+}
 
 
 def changed(then: Facts, now: Facts) -> list[str]:

@@ -58,7 +58,7 @@ def tool_spec(function: Callable[..., Any], *, path: str | None = None) -> ToolS
         parameters = inspect.signature(function).parameters.values()
     except (AttributeError, NameError, SyntaxError, TypeError, ValueError) as error:
         raise UserError(f"Tool {where}: its annotations cannot be read ({error}).") from error
-    description, notes = _read_docstring(doc)
+    description, notes = _read_docstring(doc, where)
     properties, required = {}, []
     for parameter in parameters:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -93,11 +93,16 @@ def calculator_tools() -> tuple[ToolSpec, ...]:
     return tuple(tool_spec(function) for function in CALCULATORS)
 
 
-def _read_docstring(doc: str) -> tuple[str, dict[str, str]]:
+def _read_docstring(doc: str, where: str) -> tuple[str, dict[str, str]]:
     """(its first paragraph, what it says of each parameter), each on one line."""
     import docstring_parser  # here, for a tool's worker describes nothing
 
-    parsed = docstring_parser.parse(doc)
+    try:
+        parsed = docstring_parser.parse(doc)
+    except (docstring_parser.ParseError, IndexError, ValueError) as error:
+        raise UserError(
+            f"Tool {where}: its docstring cannot be read ({error}); write plain text and `Args:`."
+        ) from error
     words = [(p.arg_name, " ".join((p.description or "").split())) for p in parsed.params]
     first = (parsed.description or "").split("\n\n")[0]
     return " ".join(first.split()), {name: text for name, text in words if text}

@@ -45,6 +45,9 @@ def test_only_the_same_examples_are_compared():
     before = {"keys": ["a", "b"], "correct": [0, 1]}
     assert compare(before, {"keys": ["a", "b"], "correct": [1, 1]})[0] == 0.5
     assert compare(before, {"keys": ["a", "c"], "correct": [1, 1]}) is None
+    asked = before | {"facts": "x"}
+    assert compare(asked, asked)[0] == 0
+    assert compare(asked, asked | {"facts": "y"}) is None
 
 
 def test_the_command_compares_the_cold_start_with_the_final_adapter(tmp_path, capsys, monkeypatch):

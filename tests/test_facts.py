@@ -120,10 +120,10 @@ def test_what_has_not_changed_is_left_alone(filled, capsys):
 
 def test_a_corrected_checker_judges_again_and_asks_nobody(filled, capsys):
     example = parcel(checker="text")
-    assert stale(open_cache(filled.options.out), example, "another judge")
+    assert stale(open_cache(filled.options.out), example, "another checker or judge")
     cache = filled(example)
     assert (filled.asked, len(cache), cache.rejected) == (1, 0, 1)  # as texts, 15 is not 15 dollars
-    assert "1 records were made with another judge; 0 no longer hold" in capsys.readouterr().out
+    assert "1 records were made with another checker or judge; 0 no longer hold" in capsys.readouterr().out
     cache = filled(parcel())
     assert (filled.asked, len(cache), cache.rejected) == (1, 1, 0)
     assert (cache.manifest.records, cache.manifest.correct) == (3, 1)

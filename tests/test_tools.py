@@ -92,6 +92,10 @@ def broken_annotation(a: "int["):  # noqa: F722
     """Does a thing."""
 
 
+def broken_docstring(a: int):
+    "::\t:param x: ax (int): yx : int\n    d\n----->>> fReturns:"
+
+
 def pair(a: tuple[int, int]):
     """Does a thing."""
 
@@ -140,6 +144,7 @@ def endless(a: float = float("inf")):
         (unannotated, "parameter a has no annotation; say its type"),
         (variadic, "cannot be passed by name"),
         (unknown_name, "name 'Missing' is not defined"),
+        (broken_docstring, "its docstring cannot be read"),
         (broken_annotation, "its annotations cannot be read"),
         (pair, "parameter a is annotated as tuple"),
         (coloured, "parameter a is annotated as Color, which JSON has no values of"),
