@@ -40,10 +40,6 @@ async def later(text: str) -> str:
     return text
 
 
-async def never() -> None:
-    await asyncio.Event().wait()
-
-
 def squares(n: int):
     """The squares below n * n."""
     yield from (i * i for i in range(n))
