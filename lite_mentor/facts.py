@@ -22,10 +22,11 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from lite_mentor import judge
+from lite_mentor import judge, quantities, units
 from lite_mentor.types import Example, ToolSpec
 
 Facts = Mapping[str, str]
+_JUDGE = [room.__file__ for room in (judge, quantities, units)]
 
 
 def facts_of(examples: Iterable[Example]) -> dict[str, Facts]:
@@ -33,7 +34,7 @@ def facts_of(examples: Iterable[Example]) -> dict[str, Facts]:
     code, read = functools.cache(_code_of), functools.cache(_sha256)
     found = {}
     for e in examples:
-        judged_by = [e.checker, e.world and code(_module_of(e.world.judge)), read(judge.__file__), _math_verify()]
+        judged_by = [e.checker, e.world and code(_module_of(e.world.judge)), *map(read, _JUDGE), _math_verify()]
         found[e.key] = {
             "tools": digest([tool.read for tool in e.tools]),
             "code": digest([code(_module_of(tool.path)) if tool.path else _file_of(tool, read) for tool in e.tools]),

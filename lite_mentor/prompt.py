@@ -10,9 +10,9 @@ switched on. Where outside text spells such a mark it is encoded in two parts: i
 
 from __future__ import annotations
 
-import json
 import datetime
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
