@@ -22,9 +22,11 @@ from transformers import GenerationConfig
 from bench.measure import machine
 from lite_mentor.attention import PackedPlan
 from lite_mentor.engine import Engine, Sampling, Sequence
+from lite_mentor.load import load_student
 from lite_mentor.prompt import Chat
+from lite_mentor.proof import attending_by
 from lite_mentor.rollout import noise
-from lite_mentor.student import Student, attending_by, load_student
+from lite_mentor.student import Student
 from lite_mentor.tasks import load_suite
 
 

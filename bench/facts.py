@@ -175,7 +175,7 @@ def _tiny_update(device: str):
     """The tiny student with adapters that do something, a full row of random tokens, and its settings."""
     from lite_mentor.config import PRESETS
     from lite_mentor.fit import fullest_row
-    from lite_mentor.student import load_student
+    from lite_mentor.load import load_student
 
     config = replace(PRESETS["tiny"], micro_tokens=4096 if device == "cuda" else 400, dtype="bf16")
     student = load_student("tiny", quant="none", dtype="bf16", device=device)
@@ -228,7 +228,7 @@ def decoding(student, rows: int, room: int, **options):
 
 def graphs(device: str) -> dict:
     """Can a decoding step be recorded as a CUDA graph, and does it draw what the step without one draws?"""
-    from lite_mentor.student import load_student
+    from lite_mentor.load import load_student
 
     if device != "cuda":
         raise UserError("only a GPU has graphs")

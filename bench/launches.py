@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.measure import machine
 from bench.random_student import QWEN3, SHAPES
 from lite_mentor import lora
+from lite_mentor.load import load_student
 from lite_mentor.norms import fuse_norms
-from lite_mentor.student import Student, load_student
+from lite_mentor.student import Student
 from lite_mentor.tiny import tiny_student
 
 ALLOCATES = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh"}

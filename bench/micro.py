@@ -28,8 +28,9 @@ from bench.facts import decoding, rates
 from bench.measure import machine, median_seconds
 from bench.random_student import random_student
 from bench.rollout import weight_bytes
+from lite_mentor.load import load_student
 from lite_mentor.paging import PagePool, RowBlock, Span
-from lite_mentor.student import Student, load_student
+from lite_mentor.student import Student
 
 SMALL = dict(
     hidden_size=64, intermediate_size=128, vocab_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=16

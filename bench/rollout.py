@@ -28,8 +28,10 @@ from bench.measure import copy_rate, machine
 from bench.random_student import SHAPES, random_student
 from lite_mentor.device import compute_device
 from lite_mentor.engine import Engine, Sampling
+from lite_mentor.load import load_student
+from lite_mentor.proof import attending_by
 from lite_mentor.rollout import noise
-from lite_mentor.student import Student, attending_by, load_student
+from lite_mentor.student import Student
 
 PARTS = ("prefill", "decode", "sampling", "tools")
 

@@ -107,6 +107,13 @@ def source_of(folder: Path) -> str:
     return str(folder)
 
 
+def published(name: str, folder: Path) -> str:
+    """By what name others find the student `name` that was resolved to this folder: a hub id, or the absolute path."""
+    if folder.parent.name == "snapshots" and not Path(name).expanduser().is_dir():
+        return _HUB_NAME if name == DEFAULT_STUDENT else name
+    return str(folder.resolve())
+
+
 def _default_student(cache: Path) -> Path:
     folder = cache / "students" / f"{DEFAULT_STUDENT}-{_CONVERSION}"
     if folder.is_dir():

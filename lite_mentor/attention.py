@@ -15,7 +15,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -63,10 +63,49 @@ def plan_attention(
     if what:
         raise UserError(f"The student {what} ({type(module).__name__}), which is not supported; use another student.")
     window = {} if sliding_window is None else {"window": sliding_window}
-    return plan.attend(module.layer_idx, query, key, value, scaling=scaling, **window), None
+    return plan.attend(module.layer_idx, query, key, value, scaling=scaling, **window).contiguous(), None
 
 
 AttentionInterface.register(NAME, plan_attention)
+
+
+class CacheShape(NamedTuple):
+    """What a token leaves behind for those that follow: in each layer, keys and values [kv_heads, head_dim]."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+
+class Survey:
+    """A plan that attends as another does, and notes the shapes that it is given, in one forward."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        self._kept: dict[int, tuple[int, int, int]] = {}
+
+    def attend(self, layer: int, query, key, value, *, scaling: float, window: int | None = None) -> torch.Tensor:
+        """The plan's own. Raises UserError for a layer that comes a second time: the cache keeps one set for each."""
+        if layer in self._kept:
+            raise UserError(
+                f"The student attends twice under one layer index ({layer}), and the cache of keys and values has one "
+                "place for each layer; use another student."
+            )
+        self._kept[layer] = (key.shape[1], key.shape[3], value.shape[3])
+        window = {} if window is None else {"window": window}
+        return self._plan.attend(layer, query, key, value, scaling=scaling, **window)
+
+    def shape(self) -> CacheShape:
+        """What the cache must hold. Raises UserError where layers, or keys and values, differ in it."""
+        if not self._kept:
+            raise UserError("The student has no attention that can be taken over; use another student.")
+        if len({*self._kept.values()}) > 1 or any(key != value for _, key, value in self._kept.values()):
+            found = ", ".join(f"{heads} of {key} and {value}" for heads, key, value in sorted({*self._kept.values()}))
+            raise UserError(
+                f"The student's layers differ in their heads of keys and values, or these in their size ({found}), "
+                "and the cache has one shape for all; use another student."
+            )
+        return CacheShape(max(self._kept) + 1, *next(iter(self._kept.values()))[:2])
 
 
 def as_bias(seen_QK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

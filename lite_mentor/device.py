@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import torch
@@ -14,6 +13,10 @@ from lite_mentor.errors import UserError
 
 CARDS = {name: int(name.removesuffix("gb")) for name in PRESETS if name.endswith("gb")}
 """The presets that are named after the memory of a card, and its GB."""
+
+
+_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""A CPU's instructions for products in bf16, x86's and Arm's, as PyTorch names them."""
 
 
 def compute_device(requested: str = "auto") -> str:
@@ -68,7 +71,7 @@ def _first_line(error: Exception) -> str:
 
 
 def compute_dtype(device: str, requested: str = "auto") -> torch.dtype:
-    """The dtype to compute in; `auto` is bf16 where the hardware is faster in it: measured on a CPU, known on CUDA.
+    """The dtype to compute in; `auto` is bf16 where the processor has instructions for products in it.
 
     Raises UserError for bf16 on a GPU that has no instructions for it.
     """
@@ -85,15 +88,9 @@ def compute_dtype(device: str, requested: str = "auto") -> torch.dtype:
         return torch.float32
     if requested != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[requested]
-    best = {torch.bfloat16: float("inf"), torch.float32: float("inf")}
-    for _ in range(5):
-        for dtype in best:
-            a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-            start = time.perf_counter()
-            torch.mm(a, b)
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-    # Everything else in a layer gains nothing from bf16, so it must win clearly.
-    return torch.bfloat16 if best[torch.bfloat16] < 0.8 * best[torch.float32] else torch.float32
+    # Everything else in a layer gains nothing from bf16, so only instructions for its products make it worth while.
+    here = torch.cpu.get_capabilities() if torch.backends.mkldnn.is_available() else {}
+    return torch.bfloat16 if any(here.get(name) for name in _BF16) else torch.float32
 
 
 def memory_left(device: torch.device | str) -> str:

@@ -143,14 +143,15 @@ class Engine:
 
         Its pool takes `gib` GiB; with 0, what all slots need at their longest, but on a GPU at most nine tenths of the
         memory that is free now, less what CUDA graphs may keep. Raises UserError when not even one sequence of full
-        length fits in it.
+        length fits in it, or when the student was loaded for shorter ones.
         """
-        config = student.config
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        if student.context and context > student.context:
+            raise UserError(
+                f"The student {student.name} was loaded for sequences of {student.context} tokens, by which its rotary "
+                f"embeddings are scaled, and one may have {context}; load it for as many (`context` of load_student)."
+            )
         if tokens is None:
-            token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * student.dtype.itemsize
+            token_bytes = 2 * math.prod(student.cache) * student.dtype.itemsize
             # One page more: the spare one.
             most = slots * context + page
             kept = 0 if without_graphs(graphs, student.device, backend) else graph_bytes(student, slots)
@@ -165,9 +166,7 @@ class Engine:
         return cls(
             student.rollout_hidden,
             student.rollout_logits,
-            layers=config.num_hidden_layers,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
+            **student.cache._asdict(),
             eos_ids=student.eos_ids,
             slots=slots,
             context=context,

@@ -28,11 +28,12 @@ from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
 from lite_mentor.facts import digest, facts_of
 from lite_mentor.judge import is_right
+from lite_mentor.load import load_student
 from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.rollout import Limits, limits_of, messages_of, roll_out
 from lite_mentor.sandbox import open_sandbox
 from lite_mentor.statistics import bootstrap_mean, compare, pass_at_k, tool_statistics, wilson
-from lite_mentor.student import Student, load_student
+from lite_mentor.student import Student
 from lite_mentor.tasks import bfcl, load_suite, load_task
 from lite_mentor.tools import RunCall, caller, run_call
 from lite_mentor.types import Example, Rollout
@@ -147,11 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="python -m lite_mentor.evaluate")
     try:
         config = _config(options)
+        context = config.longest_rollout
         student = load_student(
             config.student, quant=config.quant, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
-            device=config.device, dtype=config.dtype, rollout_weights=config.rollout_weights,
+            device=config.device, dtype=config.dtype, rollout_weights=config.rollout_weights, context=context,
         )  # fmt: skip
-        context = config.longest_rollout
         engine = Engine.of(
             student, slots=64, context=context, gib=config.cache_gib, backend=config.kernel_backend,
             graphs=config.cuda_graphs,

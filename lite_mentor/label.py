@@ -26,10 +26,11 @@ from lite_mentor.batch import pack
 from lite_mentor.config import Config, parse
 from lite_mentor.device import compute_device
 from lite_mentor.errors import UserError
+from lite_mentor.load import load_student
 from lite_mentor.loss import sampled_hidden
 from lite_mentor.prompt import Chat
 from lite_mentor.run import training_examples
-from lite_mentor.student import Student, load_student
+from lite_mentor.student import Student
 from lite_mentor.types import Rollout
 
 LOGIT_ROWS = 256
@@ -91,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         teacher = load_student(
             own.model, quant=config.quant, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha,
             device=config.device, dtype=config.dtype, rollout_weights="unmerged",
+            context=config.longest_rollout,
         )  # fmt: skip
         if teacher.tokenizer.get_vocab() != vocabulary:
             raise UserError(f"{own.model} has another vocabulary than {config.student}; take a model of its family.")

@@ -27,13 +27,14 @@ from lite_mentor.errors import UserError
 from lite_mentor.evaluate import suites
 from lite_mentor.facts import digest, facts_of
 from lite_mentor.fit import prove_fit, row_tokens
+from lite_mentor.load import load_student
 from lite_mentor.log import RunLog
 from lite_mentor.loss import check_backend
 from lite_mentor.optim import Guard, make_optimizer
 from lite_mentor.prompt import Chat
 from lite_mentor.rollout import Limits, limits_of, prompt_of
 from lite_mentor.sandbox import open_sandbox
-from lite_mentor.student import Student, load_student
+from lite_mentor.student import Student
 from lite_mentor.tasks import load_task
 from lite_mentor.teacher import TeacherCache, open_cache
 from lite_mentor.tools import RunCall, caller
@@ -214,6 +215,7 @@ def prepare(config: Config) -> Iterator[Run]:
             seed=config.seed,
             gradient_checkpointing=config.gradient_checkpointing,
             rollout_weights=config.rollout_weights,
+            context=config.longest_rollout,
         )
         log.note(student.describe())
         chat, limits = Chat(student.tokenizer, config.date), limits_of(config)

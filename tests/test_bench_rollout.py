@@ -13,7 +13,7 @@ from bench import agreement, random_student, rollout
 from bench.__main__ import main as bench_main
 from bench.rollout import PARTS, main, weight_bytes
 from lite_mentor.engine import Engine, Sampling
-from lite_mentor.student import load_student
+from lite_mentor.load import load_student
 
 TINY = "--student tiny --device cpu --prompts 2 --group 2 --turns 1 --prompt 32 --new 3 --result 2 --rounds 1"
 

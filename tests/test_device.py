@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from lite_mentor import device as room
-from lite_mentor import student as student_room
+from lite_mentor import load as load_room
 from lite_mentor.config import PRESETS
 from lite_mentor.device import compute_device, compute_dtype, memory_left, too_small, why_cpu
 from lite_mentor.errors import UserError
+from lite_mentor.load import load_student
 from lite_mentor.log import Stopwatch, reserved_memory_bytes
-from lite_mentor.student import load_student
 
 GIB = 2**30
 
@@ -144,7 +144,7 @@ def test_a_student_that_does_not_fit_is_a_sentence(card, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(student_room, "_load_student", full)
+    monkeypatch.setattr(load_room, "_load", full)
     with pytest.raises(UserError, match=r"^--student tiny does not fit on cuda; .*--quant nf4.*--preset 8gb is made"):
         load_student("tiny", quant="none", device="cuda")
 
@@ -154,7 +154,8 @@ def test_the_gpu_of_a_student_becomes_the_current_one_first(card, monkeypatch, d
     """Kernels, streams, graphs and generators belong to the current device, whatever their tensors are on."""
     made_current = []
     card(set_device=made_current.append)
-    monkeypatch.setattr(student_room, "_load_student", lambda *_: list(made_current))
+    monkeypatch.setattr(load_room, "_load", lambda *_: (*made_current, None, {}))
+    monkeypatch.setattr(load_room, "_take_over", lambda *found, **_: [name for name in found if name])
     assert load_student("tiny", quant="none", device=device) == current
 
 

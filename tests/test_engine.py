@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lite_mentor.decode import without_graphs
 from lite_mentor.engine import Engine, Sampling, common_prefix
 from lite_mentor.errors import UserError
-from lite_mentor.student import load_student
+from lite_mentor.load import load_student
 
 EOS, V = 9, 10
 

@@ -14,10 +14,10 @@ from lite_mentor import evaluate as room
 from lite_mentor.config import PRESETS
 from lite_mentor.errors import UserError
 from lite_mentor.evaluate import suites
+from lite_mentor.load import load_student
 from lite_mentor.prompt import Chat
 from lite_mentor.run import training_examples
 from lite_mentor.statistics import compare
-from lite_mentor.student import load_student
 from tests.test_train import SHORT
 
 

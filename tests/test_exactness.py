@@ -12,8 +12,8 @@ from transformers import GenerationConfig
 from lite_mentor.decode import Decoder
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
+from lite_mentor.load import load_student
 from lite_mentor.rollout import noise
-from lite_mentor.student import load_student
 from lite_mentor.tiny import tiny_student
 from tests.test_attention import MODELS
 

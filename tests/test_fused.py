@@ -11,7 +11,8 @@ from torch import nn
 
 from lite_mentor.attention import PackedPlan
 from lite_mentor.fused import FusedLinear, SharedProduct, same_input
-from lite_mentor.student import RolloutWeights, adapted_layers, load_student
+from lite_mentor.load import load_student
+from lite_mentor.student import RolloutWeights, adapted_layers
 from lite_mentor.tiny import tiny_student
 from tests.test_attention import MODELS
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from lite_mentor import lora
 from lite_mentor.attention import PackedPlan
-from lite_mentor.student import adapted_layers, load_student
+from lite_mentor.load import load_student
+from lite_mentor.student import adapted_layers
 from lite_mentor.tiny import tiny_student
 from tests.test_attention import MODELS, PARENTS, STARTS, TOKENS, packed_row
 

@@ -16,8 +16,8 @@ from lite_mentor.batch import pack
 from lite_mentor.config import PRESETS
 from lite_mentor.errors import UserError
 from lite_mentor.fit import fullest_row, largest_row, prove_fit, row_tokens
+from lite_mentor.load import load_student
 from lite_mentor.loss import StepMetrics, backward, batch_loss, check_backend, logprobs, old_logprobs
-from lite_mentor.student import load_student
 from tests.test_batch import rollout
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], device="cpu", lora_rank=4, max_new_tokens=12)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from lite_mentor.load import load_student
 from lite_mentor.norms import fuse_norms
-from lite_mentor.student import load_student
 from lite_mentor.tiny import tiny_student
 from tests.test_attention import MODELS
 

@@ -11,10 +11,10 @@ import torch
 from lite_mentor import sft
 from lite_mentor.batch import pack
 from lite_mentor.config import PRESETS
+from lite_mentor.load import load_student
 from lite_mentor.loss import supervised_loss
 from lite_mentor.optim import Diverged, Guard, make_optimizer
 from lite_mentor.prompt import Chat
-from lite_mentor.student import load_student
 from lite_mentor.tasks import load_suite
 from lite_mentor.types import TeacherRecord
 

@@ -15,11 +15,11 @@ from lite_mentor import label, sft, soft
 from lite_mentor.batch import pack
 from lite_mentor.config import PRESETS, parse
 from lite_mentor.errors import UserError
+from lite_mentor.load import load_student
 from lite_mentor.loss import supervised_loss
 from lite_mentor.optim import Guard, make_optimizer
 from lite_mentor.prompt import Chat
 from lite_mentor.run import first_day, training_examples
-from lite_mentor.student import load_student
 
 FLAGS = [
     "--preset",

@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM
 from lite_mentor.attention import PackedPlan
 from lite_mentor.engine import Engine
 from lite_mentor.errors import UserError
+from lite_mentor.load import load_student
 from lite_mentor.prompt import Chat
+from lite_mentor.proof import attending_by
 from lite_mentor.rollout import noise
-from lite_mentor.student import attending_by, load_student, twin_fits
+from lite_mentor.student import twin_fits
 from lite_mentor.tasks.tiny import generate
 from lite_mentor.tiny import tiny_student, tiny_tokenizer
 

@@ -23,8 +23,8 @@ from mentor_kernels import gather_rows
 from lite_mentor import attention, paging
 from lite_mentor.attention import PackedPlan, as_bias, takes_varlen, under_bias
 from lite_mentor.errors import UserError
+from lite_mentor.load import load_student
 from lite_mentor.paging import PagePool, Span, StepPlan
-from lite_mentor.student import load_student
 from lite_mentor.tiny import tiny_student
 from tests.test_attention import MODELS, PARENTS, STARTS, TOKENS, forests, packed_row, seen_by
 
