@@ -94,7 +94,7 @@ def _take_over(model: PreTrainedModel, tokenizer, context: int | None, **how) ->
     """The student made of a model, proven. Whatever the model's own code raises on the way becomes a sentence."""
     try:
         student = Student(model, tokenizer, context=fix_rotary(model, context), **how)
-        prove(student)
+        prove(student, context or student.context or getattr(student.config, "max_position_embeddings", 2048))
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model that was not written for this may fail in any way

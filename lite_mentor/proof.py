@@ -29,10 +29,10 @@ _AT_ONCE = 1 << 30
 
 
 @torch.no_grad()
-def prove(student: Student) -> None:
+def prove(student: Student, context: int) -> None:
     """Decode two sequences from pages and pack them into a row, and compare both with the model's own forward.
 
-    Raises UserError where they differ.
+    Raises UserError where they differ, be it only beside a sequence of `context` tokens.
     """
     base = student.base
     with student.reference(), warnings.catch_warnings():
@@ -41,12 +41,12 @@ def prove(student: Student) -> None:
         with in_float32(base):
             ids_BT, sampled_BT, logp_BT = _decode(student)
             exact_BTV = _own(base, ids_BT)
-            packed_BTV = _packed(student, partial(backbone, base), ids_BT)
+            packed_BTV = _packed(student, partial(backbone, base), ids_BT, context)
         exact_BT = _unit(exact_BTV).log_softmax(-1)[:, :-1].gather(2, ids_BT[:, 1:, None])[..., 0]
         _check(student, "decoding", (logp_BT[:, 1:] - exact_BT)[sampled_BT[:, 1:]].abs().max(), _EXACT)
         _check(student, "training", _error(packed_BTV, exact_BTV).max(), _EXACT)
         own_BTV = exact_BTV if student.dtype is torch.float32 else _own(base, ids_BT)
-        error_BT = _error(_packed(student, student.rollout_hidden, ids_BT), exact_BTV)
+        error_BT = _error(_packed(student, student.rollout_hidden, ids_BT, context), exact_BTV)
         noise_BT = _error(own_BTV, exact_BTV)
         _check(student, str(student.dtype)[6:], _mean(error_BT), 2 * _mean(noise_BT) + _EXACT)
 
@@ -85,12 +85,11 @@ def _own(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids_BT, use_cache=False).logits.float()
 
 
-def _packed(student: Student, forward: Callable[..., torch.Tensor], ids_BT: torch.Tensor) -> torch.Tensor:
-    """The same logits from one row: what both share only once, and behind them a stranger at far positions."""
+def _packed(student: Student, forward: Callable[..., torch.Tensor], ids_BT: torch.Tensor, context: int) -> torch.Tensor:
+    """The same logits from one row: what both share only once, and behind them the end of a far longer sequence."""
     (a_T, b_T), T = ids_BT, ids_BT.shape[1]
     shared = int((a_T != b_T).nonzero()[0])
-    far = (student.context or 2048) - 4
-    positions = [*range(T), *range(shared, T), *range(far, far + 4)]
+    positions = [*range(T), *range(shared, T), *range(context - 4, context)]
     positions_1T = torch.tensor([positions], device=student.device)
     starts = [0, shared, T, 2 * T - shared]
     plan = PackedPlan(starts, [-1, 0, 0, -1], len(positions), student.device, backend="torch")

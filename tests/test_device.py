@@ -154,8 +154,8 @@ def test_the_gpu_of_a_student_becomes_the_current_one_first(card, monkeypatch, d
     """Kernels, streams, graphs and generators belong to the current device, whatever their tensors are on."""
     made_current = []
     card(set_device=made_current.append)
-    monkeypatch.setattr(load_room, "_load", lambda *_: (*made_current, None, {}))
-    monkeypatch.setattr(load_room, "_take_over", lambda *found, **_: [name for name in found if name])
+    monkeypatch.setattr(load_room, "_load", lambda *_: (list(made_current), None, {}))
+    monkeypatch.setattr(load_room, "_take_over", lambda found, *_, **__: found)
     assert load_student("tiny", quant="none", device=device) == current
 
 
