@@ -54,10 +54,8 @@ def load_student(
         torch.cuda.set_device(device)
     try:
         model, tokenizer, origin = _load(name, quant, device, compute, gradient_checkpointing)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            how = dict(lora_rank=lora_rank, lora_alpha=lora_alpha, rollout_weights=rollout_weights)
-            return _take_over(model, tokenizer, context, name=name, **origin, **how)
+        how = dict(lora_rank=lora_rank, lora_alpha=lora_alpha, rollout_weights=rollout_weights)
+        return _take_over(model, tokenizer, context, seed, name=name, **origin, **how)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"--student {name} does not fit on {device}; take a smaller one, --quant nf4 or --rollout-weights "
@@ -90,10 +88,12 @@ def _load(
     return model, tokenizer, origin
 
 
-def _take_over(model: PreTrainedModel, tokenizer, context: int | None, **how) -> Student:
+def _take_over(model: PreTrainedModel, tokenizer, context: int | None, seed: int, **how) -> Student:
     """The student made of a model, proven. Whatever the model's own code raises on the way becomes a sentence."""
     try:
-        student = Student(model, tokenizer, context=fix_rotary(model, context), **how)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            student = Student(model, tokenizer, context=fix_rotary(model, context), **how)
         prove(student, context or student.context or getattr(student.config, "max_position_embeddings", 2048))
     except (UserError, torch.OutOfMemoryError):
         raise

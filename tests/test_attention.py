@@ -200,7 +200,6 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, kind):
         ("gpt_oss", dict(num_local_experts=2), "attention sinks|of type"),
         ("mamba", {}, "Adapters cannot be put"),
         ("lfm2", dict(layer_types=["conv", "full_attention", "conv"]), "does not reproduce"),
-        ("opt", dict(word_embed_proj_dim=64), "does not reproduce"),
         (
             "stablelm",
             dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, partial_rotary_factor=1.0),

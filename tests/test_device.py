@@ -103,7 +103,24 @@ def test_auto_says_why_it_took_the_cpu_of_a_machine_with_a_gpu(no_gpu, monkeypat
 def test_the_dtype_on_a_cpu():
     assert compute_dtype("cpu", "bf16") is torch.bfloat16
     assert compute_dtype("cpu", "fp32") is torch.float32
-    assert compute_dtype("cpu") in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "mkldnn", "dtype"),
+    [
+        (dict(avx512_bf16=True), True, torch.bfloat16),
+        (dict(amx_bf16=True, avx512_bf16=False), True, torch.bfloat16),
+        (dict(architecture="aarch64", bf16=True), True, torch.bfloat16),
+        (dict(architecture="aarch64", bf16=True), False, torch.float32),
+        (dict(avx512_f=True, avx512_bf16=False), True, torch.float32),
+        (dict(), True, torch.float32),
+    ],
+)
+def test_auto_is_bf16_where_a_cpu_multiplies_in_it_and_no_clock_decides(monkeypatch, capabilities, mkldnn, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
+    assert compute_dtype("cpu") is dtype
+    assert compute_dtype("cpu", "fp32") is torch.float32
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])

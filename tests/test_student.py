@@ -1,18 +1,14 @@
-"""The student: what is frozen stays frozen, what is sampled is what is trained, and what cannot be right is refused."""
+"""The student: what is frozen stays frozen, what is sampled is what is trained, and adapters act as in PEFT."""
 
 from __future__ import annotations
 
-import builtins
 import json
-import shutil
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lite_mentor.attention import PackedPlan
@@ -20,7 +16,6 @@ from lite_mentor.engine import Engine
 from lite_mentor.errors import UserError
 from lite_mentor.load import load_student
 from lite_mentor.prompt import Chat
-from lite_mentor.proof import attending_by
 from lite_mentor.rollout import noise
 from lite_mentor.student import twin_fits
 from lite_mentor.tasks.tiny import generate
@@ -342,98 +337,91 @@ def test_a_saved_adapter_loads_in_plain_peft(tmp_path, architecture):
     hidden(student).sum().backward()  # saving has not frozen the student
 
 
-# What is refused
+@pytest.fixture(scope="module")
+def trained_elsewhere(tmp_path_factory):
+    """A base and, by PEFT's own hand, adapters of rank 4 for it: (base's folder, how -> adapter's folder)."""
+    root = tmp_path_factory.mktemp("peft")
+    base = tiny_student(root / "base")
+
+    def make(**how):
+        folder = root / str(len(list(root.iterdir())))
+        model = AutoModelForCausalLM.from_pretrained(base)
+        how = dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM") | how
+        model = get_peft_model(model, LoraConfig(**how))
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        model.save_pretrained(folder)
+        return folder
+
+    return base, make
 
 
-def spoil(folder, how):
-    weights = folder / "model.safetensors"
-    config = json.loads((folder / "config.json").read_text())
-    if how == "no config":
-        (folder / "config.json").unlink()
-    elif how == "config is not JSON":
-        (folder / "config.json").write_text("{")
-    elif how == "unknown architecture":
-        (folder / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
-    elif how == "no tokenizer":
-        (folder / "tokenizer.json").unlink()
-    elif how == "no weights":
-        weights.unlink()
-    elif how == "truncated weights":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif how == "weights are no safetensors":
-        weights.write_bytes(b"garbage" * 100)
-    elif how == "pickled weights":
-        torch.save(load_file(weights), folder / "pytorch_model.bin")
-        weights.unlink()
-    elif how == "a tensor is missing":
-        tensors = load_file(weights)
-        del tensors["model.layers.0.mlp.up_proj.weight"]
-        save_file(tensors, weights, metadata={"format": "pt"})
-    elif how == "a tensor has another shape":
-        tensors = load_file(weights)
-        tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
-        save_file(tensors, weights, metadata={"format": "pt"})
-    elif how == "foreign code":
-        config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-        (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil"}))
-        (folder / "evil.py").write_text("raise SystemExit('ran')")
+@pytest.mark.parametrize("how", [dict(lora_alpha=32), dict(lora_alpha=7), dict(lora_alpha=8, use_rslora=True)])
+def test_an_adapter_acts_as_in_peft_whatever_its_scaling(trained_elsewhere, tmp_path, how):
+    base, make = trained_elsewhere
+    folder = make(**how)
+    student = load_student(str(base), quant="none", dtype="fp32", lora_rank=4, lora_alpha=32)
+    student.load_adapter(folder)
+    want = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)(input_ids=IDS).logits[0]
+    got = student.rollout_logits(hidden(student, student.rollout_hidden))
+    torch.testing.assert_close(got, want, atol=2e-4, rtol=0)
+    student.save_adapter(tmp_path)  # and once more, with our scaling in its config
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path)(input_ids=IDS).logits[0]
+    torch.testing.assert_close(again, want, atol=2e-4, rtol=0)
+
+
+def test_an_adapter_of_our_own_comes_back_bit_for_bit(tmp_path):
+    student = tiny(lora_rank=3, lora_alpha=7)
+    train(student)
+    student.save_adapter(tmp_path)
+    other = tiny(lora_rank=3, lora_alpha=7, seed=1)
+    other.load_adapter(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(student.trainable(), other.trainable(), strict=True))
 
 
 @pytest.mark.parametrize(
-    "how",
-    ["no config", "config is not JSON", "unknown architecture", "no tokenizer", "no weights", "truncated weights",
-     "weights are no safetensors", "pickled weights", "a tensor is missing", "a tensor has another shape",
-     "foreign code"],
+    ("how", "sentence"),
+    [
+        (dict(rank_pattern={"q_proj": 2}), "has rank_pattern set, which"),
+        (dict(alpha_pattern={"q_proj": 2}), "has alpha_pattern set, which"),
+        (dict(use_dora=True), "has use_dora set, which"),
+        (dict(bias="all"), "has bias set, which"),
+        (dict(modules_to_save=["norm"]), "has modules_to_save set, which"),
+        (dict(init_lora_weights="pissa"), r"a base that was changed with it \(pissa\); merge it"),
+        (dict(target_modules=["q_proj"]), r"for other layers \(.*\.lora_A.weight is only in one of the two\)"),
+        (dict(r=8), "another --lora-rank"),
+    ],
+)
+def test_an_adapter_that_does_more_than_ours_is_refused(trained_elsewhere, how, sentence):
+    base, make = trained_elsewhere
+    folder = make(**how)
+    student = load_student(str(base), quant="none", dtype="fp32", lora_rank=4)
+    before = [p.clone() for p in student.trainable()]
+    with pytest.raises(UserError, match=sentence):
+        student.load_adapter(folder)
+    assert all(torch.equal(a, b) for a, b in zip(before, student.trainable(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [None, "{", "[]", "[" * 100_000, '{"peft_type": "IA3", "r": 4, "lora_alpha": 8}', '{"peft_type": "LORA", "r": 4}',
+     '{"peft_type": "LORA", "r": Infinity, "lora_alpha": 8}', '{"peft_type": "LORA", "r": 0, "lora_alpha": 8}',
+     '{"peft_type": "LORA", "r": 4, "lora_alpha": NaN}'],
 )  # fmt: skip
-@pytest.mark.parametrize("quant", ["none", "nf4"])
-def test_a_damaged_folder_is_refused_in_a_sentence(tmp_path, how, quant):
-    folder = tiny_student(tmp_path / "student")
-    spoil(folder, how)
-    with pytest.raises(UserError) as error:
-        load_student(str(folder), quant=quant, dtype="fp32")
-    assert str(folder) in str(error.value)
-    assert "\n" not in str(error.value)
+def test_an_adapter_without_a_sound_config_is_refused(tmp_path, config):
+    student = tiny(lora_rank=4)
+    student.save_adapter(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.unlink()
+    if config is not None:
+        file.write_text(config)
+    with pytest.raises(UserError, match=r"adapter_config.json cannot be read as an adapter \(.*a PEFT LoRA"):
+        student.load_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("why", [None, OSError("libcudart.so.13: cannot open shared object file")])
-def test_nf4_without_bitsandbytes_is_a_sentence(monkeypatch, why):
-    def fails(name, *rest):
-        if name == "bitsandbytes" and why:
-            raise why
-        return imported(name, *rest)
-
-    imported = builtins.__import__
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it raises ModuleNotFoundError
-    monkeypatch.setattr(builtins, "__import__", fails)
-    with pytest.raises(UserError, match=r"^--quant nf4 needs bitsandbytes, which .*; pip install bitsandbytes, or"):
-        tiny("nf4")
-    assert not tiny("none").quantised
-
-
-def test_attention_is_ours_again_after_a_failure():
-    student = tiny()
-    inside = attending_by(student.base, "sdpa")
-    inside.__enter__()
-    assert student.config._attn_implementation == "sdpa"
-    assert not inside.__exit__(KeyError, KeyError(), None)
-    assert student.config._attn_implementation == "lite_mentor"
-    student.rollout_logits(hidden(student, student.rollout_hidden))  # the plan is asked again
-
-
-def test_a_copied_folder_is_the_same_student(tmp_path):
-    folder = tiny_student(tmp_path / "a")
-    shutil.copytree(folder, tmp_path / "b")
-    one, two = (load_student(str(tmp_path / n), quant="none", dtype="fp32") for n in "ab")
-    assert torch.equal(hidden(one), hidden(two))
-    assert torch.equal(hidden(one), hidden(tiny()))
-
-
-def test_the_end_of_a_turn(tmp_path):
-    assert tiny().eos_ids == (257,)
-    folder = tiny_student(tmp_path)
-    generation = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [10, 257, 11]}))
-    assert load_student(str(folder), quant="none", dtype="fp32").eos_ids == (257, 10, 11)
+# What it says of itself
 
 
 def test_a_student_describes_itself():
