@@ -79,7 +79,7 @@ class Config:
     quant: Literal["nf4", "none"] = "none"
     """Base weights in 4-bit NF4 (the GPU presets), or unquantised in the compute dtype."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute dtype; auto takes bf16 where this hardware was measured to be faster in it."""
+    """Compute dtype; auto takes bf16 where the processor has instructions for products in it."""
     lora_rank: int = 16
     """Rank of the adapters on every linear layer but the head."""
     lora_alpha: int = 32
