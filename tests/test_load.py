@@ -50,10 +50,10 @@ SMALL = dict(
 )  # fmt: skip
 LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
 GEMMA = dict(
-    num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3, sliding_window=4, head_dim=16,
+    num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=4, head_dim=16,
     hidden_size_per_layer_input=16, vocab_size_per_layer_input=338, num_kv_shared_layers=2,
 )  # fmt: skip
-GEMMA3N = GEMMA | dict(laurel_rank=8, activation_sparsity_pattern=[0.0] * 6, intermediate_size=[64] * 6)
+GEMMA3N = GEMMA | dict(laurel_rank=8, activation_sparsity_pattern=[0.0] * 4, intermediate_size=[64] * 4)
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 OTHERS_CODE = r"its own code fails under this trainer's attention and adapters \(%s: "
 TWICE, SHAPES = "attends twice under one layer index", "differ in their heads of keys and values"
@@ -107,21 +107,21 @@ def family(folder, architecture, options):
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("architecture", "options", "quant", "refusal"), FAMILIES, ids=[f"{f[0]}-{f[2]}" for f in FAMILIES]
 )
-def test_a_family_is_taken_or_refused_alike_in_every_dtype(tmp_path, architecture, options, quant, refusal, dtype):
+def test_a_family_is_taken_or_refused_in_bf16_as_in_float32(tmp_path, architecture, options, quant, refusal):
     family(tmp_path, architecture, options)
-    if not refusal:
-        student = load(tmp_path, quant, dtype)
-        assert student.cache.layers == student.config.num_hidden_layers
-        return
-    with pytest.raises(UserError, match=refusal) as error:
-        load(tmp_path, quant, dtype)
-    assert "\n" not in str(error.value)
-    if refusal.startswith(OTHERS_CODE[:20]):
-        assert type(error.value.__cause__).__name__ in str(error.value)
+    for dtype in ("fp32", "bf16"):
+        if not refusal:
+            student = load(tmp_path, quant, dtype)
+            assert student.cache.layers == student.config.num_hidden_layers
+            continue
+        with pytest.raises(UserError, match=refusal) as error:
+            load(tmp_path, quant, dtype)
+        assert "\n" not in str(error.value)
+        if refusal.startswith(OTHERS_CODE[:20]):
+            assert type(error.value.__cause__).__name__ in str(error.value)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "opt", "gpt_neox"])
