@@ -39,7 +39,6 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -96,9 +95,11 @@ def train(run: Run) -> None:
 def cold_start(run: Run) -> None:
     """Supervised steps on the teacher's records, when the student cannot yet do what RL would reinforce."""
     c = run.config
+    if not c.sft_steps:
+        return
     seen = support_of(run)
     run.log.note(f"support gate: {seen:.0%} of the untrained student's episodes hold a call that works")
-    if seen >= sft.ENOUGH_SUPPORT or not c.sft_steps:
+    if seen >= sft.ENOUGH_SUPPORT:
         return
     labels = " and a larger model's soft labels of them" if c.soft_labels else ""
     run.log.note(f"cold start: {c.sft_steps} supervised steps on {c.sft_steps * c.sft_batch} teacher records{labels}")
@@ -113,14 +114,12 @@ def cold_start(run: Run) -> None:
 
 
 def support_of(run: Run) -> float:
-    """The support gate: short episodes on a few examples, sampled as RL would sample them."""
-    c = run.config
-    limits = replace(run.limits, max_new_tokens=min(c.max_new_tokens, sft.GATE_TOKENS))
+    """The support gate: episodes on a few examples, as RL would sample them; a shorter limit would cut off thoughts."""
     run.refresh_rollouts()
     calling = [example for example in run.examples if run.teacher[example.key].calls]
     rollouts = roll_out(
-        run.engine, run.chat, (calling or run.examples)[: sft.GATE_EXAMPLES], group_size=2, limits=limits,
-        sampling=run.sampling, seed=c.seed, step=-1, run_call=run.run_call,
+        run.engine, run.chat, (calling or run.examples)[: sft.GATE_EXAMPLES], group_size=2, limits=run.limits,
+        sampling=run.sampling, seed=run.config.seed, step=-1, run_call=run.run_call,
     )  # fmt: skip
     return sft.support(rollouts)
 

@@ -24,8 +24,8 @@ from lite_mentor.types import Batch, Example, Rollout, Scored, TeacherRecord
 
 ENOUGH_SUPPORT = 0.5
 """A student with at least this share of working episodes needs no cold start."""
-GATE_EXAMPLES, GATE_TOKENS = 8, 64
-"""The gate's size: it must cost seconds, and a first call comes early or not at all."""
+GATE_EXAMPLES = 8
+"""The gate plays two episodes of each, a quarter of what a step of the default run plays."""
 
 
 def support(rollouts: Sequence[Rollout]) -> float:

@@ -435,18 +435,23 @@ def test_ctrl_c_in_a_real_process_says_how_to_go_on(tmp_path):
     assert list((out / "checkpoints").glob("step-*/MANIFEST.json"))
 
 
-def test_the_support_gate_asks_only_what_the_teacher_used_tools_for(monkeypatch):
+def test_without_a_cold_start_nothing_is_asked_before_it(monkeypatch):
+    monkeypatch.setattr(train, "support_of", lambda run: pytest.fail("the gate costs episodes"))
+    train.cold_start(SimpleNamespace(config=SimpleNamespace(sft_steps=0)))
+
+
+def test_the_support_gate_asks_what_the_teacher_used_tools_for_at_the_runs_own_limits(monkeypatch):
     asked = []
 
-    def roll_out(engine, chat, examples, **how):
+    def roll_out(engine, chat, examples, *, limits, **how):
         asked.append([example.key for example in examples])
+        assert limits == Limits(4, 640, 64)
         return [SimpleNamespace(calls=[SimpleNamespace(status="ok")])]
 
     def gate(calls: dict[str, tuple]) -> float:
-        nothing = SimpleNamespace(max_new_tokens=64, seed=0)
         return train.support_of(SimpleNamespace(
-            config=nothing, limits=Limits(4, 64, 64), refresh_rollouts=lambda: None, engine=None, chat=None,
-            sampling=None, run_call=None, examples=[SimpleNamespace(key=key) for key in calls],
+            config=SimpleNamespace(seed=0), limits=Limits(4, 640, 64), refresh_rollouts=lambda: None, engine=None,
+            chat=None, sampling=None, run_call=None, examples=[SimpleNamespace(key=key) for key in calls],
             teacher={key: SimpleNamespace(calls=made) for key, made in calls.items()},
         ))  # fmt: skip
 
