@@ -36,9 +36,10 @@ from lite_mentor.types import CALL_STATUSES, STOP_REASONS, Example, Rollout, Tea
 
 NATIVE = (  # describes tools itself, some of their text outside of JSON
     "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t.function.name }}: {{ t.function.description }} "
-    "{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>"
-    "user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n"
-    "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{{ t | tojson }}\n{% endfor %}<tool_call>{'arguments': ...}</tool_call><|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n"
+    "</tool_response><|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ORDINARY_ROLES = (  # turns open with tokens that are added but not special
     "{% for m in messages %}{{ {'system': '', 'user': '<｜User｜>', 'assistant': '<｜Assistant｜>'}[m.role] }}"
@@ -117,11 +118,11 @@ def chats() -> dict[str, Chat]:
     """A chat for each kind of template, and the default student's where it is on this disk."""
     made: dict[str, PreTrainedTokenizerBase] = {name: tiny_tokenizer() for name in ("tiny", "native", "ordinary")}
     made["native"].chat_template = NATIVE
+    made["native"].add_tokens([AddedToken(tag, special=False) for tag in ("<think>", "</think>")])
     made["ordinary"].add_tokens([AddedToken(f"<｜{role}｜>", special=False) for role in ("User", "Assistant")])
     made["ordinary"].chat_template = ORDINARY_ROLES
-    real = cache_folder() / "students" / "smollm2-135m"
-    if (real / "tokenizer.json").exists():
-        made["smollm2-135m"] = AutoTokenizer.from_pretrained(real)
+    for real in (cache_folder() / "students").glob("smollm2-135m*/tokenizer.json"):
+        made["smollm2-135m"] = AutoTokenizer.from_pretrained(real.parent)
     return {name: Chat(tokenizer) for name, tokenizer in made.items()}
 
 
@@ -164,7 +165,8 @@ def _example(question: str, tools: list[list[str]]) -> Example:
 def _frame(chat: Chat, ids: list[int]) -> list[int]:
     """The tokens that mark turns, calls and results."""
     added = chat.tokenizer.added_tokens_decoder
-    marks = {CALL_OPEN, CALL_CLOSE, prompt.RESULT_OPEN, prompt.RESULT_CLOSE, "<｜User｜>", "<｜Assistant｜>"}
+    marks = {CALL_OPEN, CALL_CLOSE, prompt.RESULT_OPEN, prompt.RESULT_CLOSE, prompt.THINK_OPEN, prompt.THINK_CLOSE,
+             "<｜User｜>", "<｜Assistant｜>"}  # fmt: skip
     return [i for i in ids if i in added and (added[i].special or added[i].content in marks)]
 
 

@@ -4,8 +4,7 @@ Tokens in, tokens out: what the student sampled is never encoded again. A prompt
 encoded once, as the suffix that the chat template would put after the turn, and appended.
 
 Text that is not ours (questions, tools, their results) can never become a special token, nor open or close a turn, a
-call or a result. The template is rendered around placeholders, and only its own words are encoded with special tokens
-switched on. Where outside text spells such a mark it is encoded in two parts: it reads the same, in other tokens.
+call, a result or a thought. Where it spells such a mark it is encoded in two parts: it reads the same, in other tokens.
 """
 
 from __future__ import annotations
@@ -21,25 +20,24 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lite_mentor.errors import UserError
+from lite_mentor.template import (
+    CALL_CLOSE,
+    CALL_OPEN,
+    RESULT_CLOSE,
+    RESULT_OPEN,
+    SLOT,
+    THINK_CLOSE,
+    THINK_OPEN,
+    Template,
+    fill,
+    json_schema,
+    split,
+)
 from lite_mentor.tools import MAX_CALL_CHARS, signature
 from lite_mentor.types import Example, ToolSpec
 
-CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
-RESULT_OPEN, RESULT_CLOSE = "<tool_response>", "</tool_response>"
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-
-# Private-use characters: no tokenizer's template treats them specially, and in outside text they are broken.
-_SLOT = "\ue000{}\ue001"
-_SLOT_PATTERN = re.compile("\ue000([0-9]+)\ue001")
 _BREAK = "\udead"
 """Text is encoded in parts between these: half a character, so that outside text cannot hold it (see _inert)."""
-
-_SYSTEM = (
-    "You solve problems by calling tools. To call one, write "
-    f'{CALL_OPEN}{{"name": ..., "arguments": {{...}}}}{CALL_CLOSE} and stop; its result comes back. '
-    "Give the final answer as \\boxed{answer}.\nTools:\n"
-)
-ASK_FOR_BOX = "\n\nUse the tools, then put the final answer in \\boxed{}."
 
 
 @dataclass(frozen=True)
@@ -57,37 +55,25 @@ class Chat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str = ""):
         """`date`, as 2026-12-01, is what a template is told that asks for the day; "" is today."""
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"The tokenizer of {tokenizer.name_or_path} has no chat template; use an instruct model, "
-                "or add a chat_template to its tokenizer_config.json."
-            )
         self.tokenizer = tokenizer
         self.date = date or str(datetime.date.today())
-        self._special = frozenset(tokenizer.all_special_ids) | {
-            i for i, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
-        marks = self._marks()
-        self._breaks = _breaks_of(marks | {CALL_OPEN, CALL_CLOSE})
-        self._breaks_of_turns = _breaks_of(marks - {CALL_OPEN, CALL_CLOSE})
-        probe = [{"role": "user", "content": "x"}]
-        schema = json_schema(ToolSpec("probe_tool", "probes", {"type": "object", "properties": {}}))
-        with_tools = self._render(probe, tools=[schema], generate=True)
-        self.native_tools = "probe_tool" in with_tools
+        self.template = Template(tokenizer, self.date)
+        self.native_tools = self.template.way == "native"
         """Does the template itself describe tools? Else our system prompt does."""
+        added = tokenizer.added_tokens_decoder
+        self._special = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        marks = self._marks()
+        self._mark_ids = self._special | {i for i, token in added.items() if token.content in marks}
+        self._breaks = _breaks_of(marks)
+        self._breaks_of_turns = _breaks_of(marks - {CALL_OPEN, CALL_CLOSE, THINK_OPEN, THINK_CLOSE})
         self.end_id = self._after_turn(["x"])[0]
         """The token by which the template closes an assistant turn; the tokenizer's `eos_token` may be another."""
 
     def prompt_ids(self, example: Example) -> list[int]:
         """The conversation up to the point where the student speaks."""
-        if self.native_tools:
-            tools = [self._guarded(json_schema(tool)) for tool in example.tools]
-            messages, slots = [_slot("user", 0)], [self._guard(example.question) + ASK_FOR_BOX]
-        else:
-            tools = None
-            system = _SYSTEM + self._guard("\n".join(signature(tool) for tool in example.tools))
-            messages, slots = [_slot("system", 0), _slot("user", 1)], [system, self._guard(example.question)]
-        return self._encode(self._render(messages, tools=tools, generate=True), slots)
+        tools = [self._guarded(json_schema(tool)) for tool in example.tools]
+        described = "\n".join(signature(tool) for tool in example.tools)
+        return self._encode(self.template.prompt(tools), [example.question, described])
 
     def result_ids(self, results: Sequence[str]) -> list[int]:
         """What follows an assistant turn that `end_id` closed: the results, and the opening of the next turn."""
@@ -95,21 +81,11 @@ class Chat:
 
     def _after_turn(self, results: Sequence[str]) -> list[int]:
         """What the template writes after an assistant turn's text: first the token that closes it."""
-        messages = [_slot("user", 0), _slot("assistant", 1)]
-        results = [self._guard(result) for result in results]
-        if self.native_tools:
-            messages += [_slot("tool", 2 + i) for i in range(len(results))]
-            slots = results
-        else:
-            messages.append(_slot("user", 2))
-            slots = ["\n".join(f"{RESULT_OPEN}{result}{RESULT_CLOSE}" for result in results)]
-        rendered = self._render(messages, tools=None, generate=True)
-        suffix = rendered.split(_SLOT.format(1), 1)[1]
-        ids = self._encode(suffix, ["", "", *slots])
+        ids = self._encode(self.template.results(len(results)), results)
         if not ids or ids[0] not in self._special:
             raise UserError(
-                f"The chat template of {self.tokenizer.name_or_path} does not close an assistant turn with a special "
-                "token, so turns cannot be appended; use another student."
+                "The student's chat template does not close an assistant turn with a special token, so turns cannot be "
+                "appended; use another student."
             )
         return ids
 
@@ -122,8 +98,9 @@ class Chat:
         return f"{kept}... [{len(ids) - tokens} more tokens]"
 
     def turn_ids(self, text: str) -> list[int]:
-        """A teacher's assistant turn as tokens, closed as the template closes it."""
-        return [*self._plain(self._breaks_of_turns.sub(_broken, _inert(text))), self.end_id]
+        """A teacher's assistant turn as tokens, led in and closed as the template does it."""
+        lead = "" if text.startswith(self.template.lead) else self.template.lead
+        return [*self._plain(self._breaks_of_turns.sub(_broken, _inert(lead + text))), self.end_id]
 
     def fingerprint(self) -> str:
         """Hash of the tokens that template, tokenizer and date make of a small conversation."""
@@ -137,26 +114,31 @@ class Chat:
         """Tokens as text, special tokens shown."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    def _render(self, messages: list[dict[str, str]], *, tools, generate: bool) -> str:
-        template = _on(self.date, self.tokenizer.get_chat_template(tools=tools))
-        return self.tokenizer.apply_chat_template(
-            messages, tools=tools, chat_template=template, add_generation_prompt=generate, tokenize=False
-        )
+    def _encode(self, rendered: str, texts: Sequence[str]) -> list[int]:
+        """Encode a rendered template with these outside texts in its slots.
 
-    def _encode(self, rendered: str, slots: Sequence[str]) -> list[int]:
-        """Encode template text with special tokens, and each slot's content without."""
-        ids: list[int] = []
-        for i, piece in enumerate(_SLOT_PATTERN.split(rendered)):
-            if i % 2:
-                ids += self._plain(slots[int(piece)].strip())
-            else:  # with breaks in it where a template wrote tools into its own text
-                for part in filter(None, piece.split(_BREAK)):
-                    ids += self.tokenizer.encode(part, add_special_tokens=False)
-        return ids
+        It is read as one text, for its tokens may reach over the borders of a slot as they do in the template's own
+        rendering. Should a mark come of that which the template has not written, slots are encoded by themselves.
+        """
+        slots = [self._guard(text).strip() for text in texts]
+        marks = self._marks_in(self._tokens(fill(rendered, ["x"] * len(slots))))
+        ids = self._tokens(fill(rendered, slots))
+        if self._marks_in(ids) == marks:
+            return ids
+        parts = enumerate(split(rendered))
+        return [i for n, part in parts for i in (self._plain(slots[int(part)]) if n % 2 else self._tokens(part))]
+
+    def _marks_in(self, ids: Sequence[int]) -> list[int]:
+        return [i for i in ids if i in self._mark_ids]
+
+    def _tokens(self, text: str, *, plain: bool = False) -> list[int]:
+        """The text's tokens, each part between breaks by itself; if plain, none of them is a special token."""
+        parts = [part for part in text.split(_BREAK) if part]
+        ids = [self.tokenizer.encode(p, add_special_tokens=False, split_special_tokens=plain) for p in parts]
+        return [i for part in ids for i in part]
 
     def _plain(self, guarded: str) -> list[int]:
-        parts = [part for part in guarded.split(_BREAK) if part]
-        ids = [i for p in parts for i in self.tokenizer.encode(p, add_special_tokens=False, split_special_tokens=True)]
+        ids = self._tokens(guarded, plain=True)
         assert not self._special.intersection(ids), "outside text was encoded as a special token"
         return ids
 
@@ -175,11 +157,12 @@ class Chat:
     def _marks(self) -> set[str]:
         """What outside text must not say in one token: special tokens, our tags, and what the template's turns add."""
         added = self.tokenizer.added_tokens_decoder
-        messages = [_slot("user", 0), _slot("assistant", 1), _slot("user", 2)]
-        frame = _SLOT_PATTERN.sub(_BREAK, self._render(messages, tools=None, generate=True)).split(_BREAK)
-        used = {i for part in frame for i in self.tokenizer.encode(part, add_special_tokens=False)}
-        names = {added[i].content for i in used & set(added)} | {t.content for t in added.values() if t.special}
-        return names | {*self.tokenizer.all_special_tokens, RESULT_OPEN, RESULT_CLOSE}
+        frame = split(self.template.turns() + self.template.results(1))[::2]
+        used = {i for part in frame for i in self._tokens(part)}
+        names = {added[i].content for i in used & set(added) if added[i].content.strip()}
+        names |= {token.content for token in added.values() if token.special}
+        tags = {CALL_OPEN, CALL_CLOSE, RESULT_OPEN, RESULT_CLOSE, THINK_OPEN, THINK_CLOSE}
+        return names | tags | {*self.tokenizer.all_special_tokens}
 
 
 def parse_turn(text: str) -> Turn:
@@ -220,29 +203,10 @@ def _end_of_json(text: str, start: int) -> int:
         return start
 
 
-def _on(date: str, template: str) -> str:
-    """The template, its clock stopped at the beginning of this day: a template is handed no functions, so by a macro.
-
-    The line break after the macro belongs to it, and what the template itself begins with stays as it is.
-    """
-    if "strftime_now" not in template:
-        return template
-    day = datetime.datetime.fromisoformat(date)
-    told = {f"%{letter}": day.strftime(f"%{letter}") for letter in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"}
-    told |= {"%-d": f"{day.day}", "%e": f"{day.day:2}", "%-m": f"{day.month}", "%F": date}
-    told |= {"%D": day.strftime("%m/%d/%y"), "%T": "00:00:00", "%R": "00:00", "%%": "%"}
-    steps = "".join(f"|replace('{directive}', '{text}')" for directive, text in told.items())
-    return f"{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}\n{template}"
-
-
-def _slot(role: str, index: int) -> dict[str, str]:
-    return {"role": role, "content": _SLOT.format(index)}
-
-
 def _breaks_of(marks: Iterable[str]) -> re.Pattern[str]:
     """The first character of each of these marks, and of a slot."""
     firsts = [f"{re.escape(mark[0])}(?={re.escape(mark[1:])})" for mark in sorted(marks) if len(mark) > 1]
-    return re.compile("|".join([*firsts, _SLOT[0]]))
+    return re.compile("|".join([*firsts, SLOT[0]]))
 
 
 def _broken(first: re.Match[str]) -> str:
@@ -252,9 +216,3 @@ def _broken(first: re.Match[str]) -> str:
 def _inert(text: str) -> str:
     """Outside text without lone surrogates (which no tokenizer can encode)."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def json_schema(tool: ToolSpec) -> dict:
-    """A tool as chat templates and chat-completions servers expect it."""
-    function = {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)}
-    return {"type": "function", "function": function}

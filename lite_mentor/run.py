@@ -219,6 +219,8 @@ def prepare(config: Config) -> Iterator[Run]:
         )
         log.note(student.describe())
         chat, limits = Chat(student.tokenizer, config.date), limits_of(config)
+        for sentence in chat.template.notes():
+            log.note(sentence)
         seen = config.sft_steps * config.sft_batch + config.steps * config.prompts_per_step
         for example in (*examples[:seen], *(e for suite in held_out.values() for e in suite)):
             prompt_of(chat, example, limits)  # none may be too long, and better now than in the middle of the night

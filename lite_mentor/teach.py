@@ -31,11 +31,12 @@ from rich.progress import Progress
 from lite_mentor.errors import UserError
 from lite_mentor.facts import Facts, facts_of
 from lite_mentor.judge import boxed, is_right
-from lite_mentor.prompt import ASK_FOR_BOX, CALL_CLOSE, CALL_OPEN, Chat, json_schema, parse_turn
+from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.sandbox import open_sandbox
 from lite_mentor.tasks import load_suite, resolve_arguments
 from lite_mentor.tasks.jsonl import read_tasks
 from lite_mentor.teacher import Manifest, append_to, changed, read_manifest, seal, with_facts
+from lite_mentor.template import ASK_FOR_BOX, CALL_CLOSE, CALL_OPEN, json_schema
 from lite_mentor.tools import RunCall, caller, render_call
 from lite_mentor.types import Example, TeacherRecord, ToolCall
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FREE = {"types", "config", "errors"}  # importable from everywhere; they import nothing but each other
 ORDER = [
     "calculators", "results", "tools", "isolation", "worker", "sandbox", "units", "quantities", "judge", "python_tool",
-    "tasks", "facts", "prompt",
+    "tasks", "facts", "template", "prompt",
     "assets", "attention", "tiny", "device", "lora", "norms", "fused", "student", "paging", "decode", "engine",
     "proof", "load", "rollout", "teacher", "teach", "reward", "batch", "loss", "optim", "soft", "sft", "checkpoint",
     "statistics", "evaluate", "display", "log", "charts", "page", "report", "fit", "run", "label",

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
 from lite_mentor.prompt import Chat
-from lite_mentor.rollout import Limits, roll_out
+from lite_mentor.rollout import Limits, messages_of, roll_out
+from lite_mentor.sft import teacher_rollout
 from lite_mentor.tasks import load_suite
 from lite_mentor.tiny import tiny_tokenizer
 from lite_mentor.tools import caller, run_call
+from lite_mentor.types import TeacherRecord
 
 CHAT = Chat(tiny_tokenizer())
 EXAMPLE = load_suite("tiny", split="train", size=1, seed=0)[0]
@@ -25,31 +27,32 @@ ADD = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>'
 
 
 def play(
-    turns: list[str], results: list[str], *, closed: bool = True, group_size: int = 1, eos: int = END,
-    ends_in: int = END, **limits,
+    turns: list[str], results: list[str], *, chat: Chat = CHAT, closed: bool = True, group_size: int = 1,
+    eos: int = END, ends_in: int = END, **limits,
 ):  # fmt: skip
     """Roll out a student who says exactly `turns`; between them the loop injects `results`.
 
     `eos` is what the model's files call its end, `ends_in` what the student says after a turn with a call.
     """
-    script = list(PROMPT)
+    prompt = chat.prompt_ids(EXAMPLE)
+    script = list(prompt)
     for i, turn in enumerate(turns):
         last = i == len(turns) - 1
-        script += CHAT.turn_ids(turn)[: None if closed or not last else -1]
+        script += chat.turn_ids(turn)[: None if closed or not last else -1]
         if i < len(results):
             script[-1:] = [ends_in] if ends_in == END else [ends_in, END]
-            script += CHAT.result_ids([results[i]])
+            script += chat.result_ids([results[i]])
     script += [ord("~")] * 400  # a student cut off or badly predicted babbles on
 
     def forward(ids_1T, positions_1T, plan):
         return F.one_hot(torch.tensor([script[p + 1] for p in positions_1T[0].tolist()]), 512).float()
 
     engine = Engine(
-        forward, lambda h: h * 100, layers=1, kv_heads=1, head_dim=1, eos_ids=[eos], slots=4, context=len(PROMPT) + 200
+        forward, lambda h: h * 100, layers=1, kv_heads=1, head_dim=1, eos_ids=[eos], slots=4, context=len(prompt) + 200
     )
     defaults = dict(max_turns=3, max_new_tokens=150, max_prompt_tokens=300)
     rollouts = roll_out(
-        engine, CHAT, [EXAMPLE], group_size=group_size, limits=Limits(**defaults | limits), seed=0, step=0,
+        engine, chat, [EXAMPLE], group_size=group_size, limits=Limits(**defaults | limits), seed=0, step=0,
         sampling=Sampling(temperature=0), run_call=caller(),
     )  # fmt: skip
     engine.weights_changed()
@@ -78,6 +81,24 @@ def test_a_turn_ends_where_the_template_closes_it_or_where_the_model_names_its_e
     lengths = (False, PROMPT), (True, call + end), (False, follows + result), (True, answer)
     assert r.sampled.tolist() == [mark for mark, ids in lengths for _ in ids]
     assert (r.stop, r.answer) == ("answer", "5")
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+def test_what_the_cold_start_learns_is_what_is_sampled(opening):
+    """A thought that the template opens is closed in prompts and after results alike, and never the student's own."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant\n" + opening)
+    chat = Chat(tokenizer)
+    (r,) = play([ADD, "It is \\boxed{5}"], ["5"], chat=chat)
+    messages = [*messages_of(chat, r)]
+    assert [m["content"] for m in messages] == [ADD, "5", "It is \\boxed{5}"]
+    record = TeacherRecord(EXAMPLE.key, "t", tuple(messages), r.calls, r.answer, True, "")
+    learned = teacher_rollout(chat, EXAMPLE, record)
+    assert learned.ids.tolist() == r.ids.tolist()
+    assert learned.sampled.tolist() == r.sampled.tolist()
+    text = chat.decode(r.ids.tolist())
+    assert text.count("<|im_start|>assistant\n" + ("<think>\n\n</think>\n\n" if opening else "")) == 2
+    assert "think" not in chat.decode(r.ids[r.sampled].tolist())
 
 
 def test_several_calls_in_one_turn_come_back_together():

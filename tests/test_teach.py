@@ -15,11 +15,12 @@ import pytest
 
 from lite_mentor import prompt, teach
 from lite_mentor.errors import UserError
-from lite_mentor.prompt import ASK_FOR_BOX, Chat, json_schema
+from lite_mentor.prompt import Chat
 from lite_mentor.sft import teacher_rollout
 from lite_mentor.tasks import SUITES, load_suite, make_example
 from lite_mentor.teach import Options, call_text, command, main, oracle
 from lite_mentor.teacher import open_cache
+from lite_mentor.template import ASK_FOR_BOX, json_schema
 from lite_mentor.tiny import tiny_tokenizer
 from lite_mentor.tools import calculator_tools, caller
 
