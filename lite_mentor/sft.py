@@ -48,12 +48,17 @@ def teacher_rollouts(
 
 
 def teacher_rollout(chat: Chat, example: Example, record: TeacherRecord, max_result_tokens: int = 256) -> Rollout:
-    """A teacher's trajectory as the student's template would hold it; assistant tokens are marked as sampled."""
+    """A teacher's trajectory as the student's template would hold it; assistant tokens are marked as sampled.
+
+    Not those of a turn with a call that could not be read: from it a student learns how the teacher recovers, and not
+    how it erred.
+    """
     ids = chat.prompt_ids(example)
     prompt_length = len(ids)
     sampled = [False] * prompt_length
     results: list[str] = []
-    for message in [*record.messages, {"role": "end", "content": ""}]:
+    end = ({"role": "end", "content": ""}, False)
+    for message, learned in [*zip(record.messages, _learned(record), strict=True), end]:
         if message["role"] == "tool":
             results.append(chat.clipped(message["content"], max_result_tokens))
             continue
@@ -62,7 +67,7 @@ def teacher_rollout(chat: Chat, example: Example, record: TeacherRecord, max_res
             ids, sampled, results = ids + suffix, sampled + [False] * len(suffix), []
         if message["role"] == "assistant":
             turn = chat.turn_ids(message["content"])
-            ids, sampled = ids + turn, sampled + [True] * len(turn)
+            ids, sampled = ids + turn, sampled + [learned] * len(turn)
     return Rollout(
         example_key=example.key,
         group=0,
@@ -76,6 +81,19 @@ def teacher_rollout(chat: Chat, example: Example, record: TeacherRecord, max_res
         answer=record.answer,
         stop="answer",
     )
+
+
+def _learned(record: TeacherRecord) -> list[bool]:
+    """Of each message of the record: is it the assistant's, and could all its calls be read?"""
+    learned: list[bool] = []
+    calls, turn = iter(record.calls), 0
+    for i, message in enumerate(record.messages):
+        learned.append(message["role"] == "assistant")
+        if learned[i]:
+            turn = i
+        elif next(calls).status == "bad_json":
+            learned[turn] = False
+    return learned
 
 
 def cold_start(

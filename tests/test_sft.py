@@ -16,10 +16,12 @@ from lite_mentor.loss import supervised_loss
 from lite_mentor.optim import Diverged, Guard, make_optimizer
 from lite_mentor.prompt import Chat
 from lite_mentor.tasks import load_suite
-from lite_mentor.types import TeacherRecord
+from lite_mentor.types import TeacherRecord, ToolCall
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], sft_steps=4, sft_batch=4, lora_rank=8)
-CALL = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+RAW = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
+CALL = f"<tool_call>{RAW}</tool_call>"
+RAN = ToolCall("add", {"a": 1, "b": 2}, RAW, "ok", "3")
 
 
 def record(example) -> TeacherRecord:
@@ -28,7 +30,7 @@ def record(example) -> TeacherRecord:
         {"role": "tool", "content": "3"},
         {"role": "assistant", "content": "\\boxed{3}"},
     )
-    return TeacherRecord(example.key, "t", messages, (), "3", True, "")
+    return TeacherRecord(example.key, "t", messages, (RAN,), "3", True, "")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,24 @@ def test_a_record_is_the_conversation_with_the_assistants_tokens_marked(examples
     mask = [False] * len(prompt) + [True] * len(call) + [False] * len(result) + [True] * len(answer)
     assert rollout.sampled.tolist() == mask
     assert (rollout.prompt_length, rollout.turns) == (len(prompt), 2)
+
+
+def test_a_turn_with_a_call_that_could_not_be_read_is_seen_and_not_learned(examples):
+    """Of two calls in one turn the second is broken; the teacher then does it right."""
+    _, chat = fresh()
+    broken = '<tool_call>{"name": "add", "arguments": {"a": 1, </tool_call>'
+    said = [f"{CALL}\n{broken}", CALL, "\\boxed{3}"]
+    error = "Error: bad call, it is not valid JSON."
+    turns = [{"role": "assistant", "content": text} for text in said]
+    results = [{"role": "tool", "content": text} for text in ("3", error, "3")]
+    calls = (RAN, ToolCall("", {}, broken, "bad_json", error), RAN)
+    found = TeacherRecord("k", "t", (turns[0], *results[:2], turns[1], results[2], turns[2]), calls, "3", True, "")
+    rollout = sft.teacher_rollout(chat, examples[0], found)
+    assert chat.decode(rollout.ids[rollout.sampled].tolist()) == f"{CALL}<|im_end|>\\boxed{{3}}<|im_end|>"
+    assert broken in chat.decode(rollout.ids.tolist())
+    failed = ToolCall("add", {"a": "x"}, "", "bad_arguments", error)  # readable, so it is learned
+    rollout = sft.teacher_rollout(chat, examples[0], dataclasses.replace(found, calls=(RAN, failed, RAN)))
+    assert broken in chat.decode(rollout.ids[rollout.sampled].tolist())
 
 
 def test_the_loss_is_the_mean_over_all_rows_however_they_are_packed(examples):
@@ -96,7 +116,7 @@ def test_a_record_that_breaks_the_loss_is_named_and_three_in_a_row_end_it(exampl
 
 def test_support_counts_episodes_in_which_a_call_worked(examples):
     _, chat = fresh()
-    silent = sft.teacher_rollout(chat, examples[0], record(examples[0]))
+    silent = dataclasses.replace(sft.teacher_rollout(chat, examples[0], record(examples[0])), calls=())
     ok = dataclasses.replace(silent, calls=(type("Call", (), {"status": "ok"}),))
     failed = dataclasses.replace(silent, calls=(type("Call", (), {"status": "error"}),))
     assert sft.support([silent, failed, ok, ok]) == 0.5
