@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import os
 import sys
 import threading
@@ -95,11 +97,13 @@ class Endpoint:
                 return None
 
         with ThreadPool(self.options.concurrency) as pool:
-            for done, outcome in enumerate(pool.imap_unordered(attempt, examples), 1):
+            outcomes = pool.imap_unordered(attempt, examples)
+            for done in range(1, len(examples) + 1):
+                outcome = _next(outcomes)
                 if outcome is not None:
                     yield from held.take(outcome)
-                    fault = held.fault(under_way=min(self.options.concurrency, len(examples) - done))
-                    failures += [fault] if fault else []
+                fault = held.fault(under_way=min(self.options.concurrency, len(examples) - done))
+                failures += [fault] if fault else []
         for note, count in sorted(self._notes.items()):
             print(f"{note}: {count}", file=sys.stderr)
         yield from held.rest()
@@ -161,7 +165,8 @@ class Endpoint:
             left = own
         if left:
             self._note("turns with calls that the server left in the text, which were run")
-        return text, [*reply.requests, *(("", call) for call in left)]
+        found = [*reply.requests, *(("", call) for call in left)]
+        return text.strip() if found else text, found
 
     def _reply(self, asked: list[dict[str, Any]], example: Example) -> Reply:
         """The next turn. Raises UserError, _Refused, and BrokenOff for an answer that is no chat completion."""
@@ -252,6 +257,13 @@ class _Held:
             return None
         self._records = []
         return UserError(f"The endpoint {self.url} {why}None of these has a record: run the same command again then.")
+
+
+def _next(outcomes: Any) -> Any:
+    """The next of a pool's results. It wakes now and then: an interrupt at the very start of a wait does not end it."""
+    while True:
+        with contextlib.suppress(multiprocessing.TimeoutError):
+            return outcomes.next(timeout=0.5)
 
 
 def _fail_where_it_failed(response: Any) -> None:

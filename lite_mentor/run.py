@@ -36,7 +36,7 @@ from lite_mentor.rollout import Limits, limits_of, prompt_of
 from lite_mentor.sandbox import open_sandbox
 from lite_mentor.student import Student
 from lite_mentor.tasks import load_task
-from lite_mentor.teacher import TeacherCache, open_cache
+from lite_mentor.teacher import TeacherCache, open_cache, read_manifest
 from lite_mentor.tools import RunCall, caller
 from lite_mentor.types import Example
 
@@ -300,7 +300,8 @@ def open_teacher(config: Config, examples: Sequence[Example], note: Callable[[st
         )
     content = digest(facts_of(examples))
     folder = cache_folder() / "teachers" / f"{config.task}-{len(examples)}-{content[:12]}"
-    if not (folder / "manifest.json").exists():
+    wanted = len({example.key for example in examples})
+    if not (folder / "manifest.json").exists() or read_manifest(folder).records < wanted:  # a fill may be interrupted
         command = [sys.executable, "-m", "lite_mentor.teach", "--suite", config.task, "--source", "oracle"]
         command += ["--size", str(config.train_size), "--levels", *map(str, config.levels), "--out", str(folder)]
         command += ["--sandbox", config.sandbox]

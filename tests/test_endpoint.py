@@ -245,6 +245,7 @@ def add(arguments, **change):
             "content": '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}',
             "tool_calls": [add('{"a":3,"b":4}')],
         },
+        {"content": "\n\n", "tool_calls": [add('{"a":3,"b":4}')]},
         {"content": "<tool_call>", "tool_calls": [add('{"a":3,"b":4}')]},
         {"content": [{"type": "thinking", "thinking": "hm"}], "tool_calls": [add('{"a":3,"b":4}')]},
     ],
@@ -351,14 +352,14 @@ CALLS, SEVEN, TOO_LONG = reply("", ("add", '{"a": 3, "b": 4}')), reply("\\boxed{
 
 
 def test_a_server_that_refuses_every_second_turn_leaves_no_record_and_is_asked_again(ask, capsys):
-    questions = [f"Q{i}" for i in range(FEW + 4)]
+    questions = [f"Q{i}" for i in range(30)]
     status, out, server = ask({q: [CALLS, TOO_LONG] for q in questions}, "--concurrency", "1")
     assert status == 2
     assert f"broke off {FEW} of {FEW} conversations; the last: example" in capsys.readouterr().err
-    assert len(server.asked) == 2 * FEW + 2  # one more had begun
+    assert len(server.asked) < 2 * len(questions)
     assert (out / "records.jsonl").read_bytes() == b""
     status, out, _ = ask({q: [CALLS, SEVEN] for q in questions})
-    assert (status, len(open_cache(out))) == (0, FEW + 4)
+    assert (status, len(open_cache(out))) == (0, len(questions))
 
 
 def test_a_conversation_that_outgrows_the_context_is_the_teachers_when_others_do_not(ask):
@@ -367,6 +368,14 @@ def test_a_conversation_that_outgrows_the_context_is_the_teachers_when_others_do
     assert status == 0
     cache = open_cache(out)
     assert (len(cache), cache.rejected) == (6, 3)
+
+
+def test_a_refusal_before_a_failure_is_no_record(ask):
+    """Nothing went well before the key ran out, so it may have been the server that was wrong."""
+    denied = (401, {"error": {"message": "no credit"}})
+    status, out, _ = ask({"P": [CALLS, TOO_LONG], "Q": [denied], "R": []}, "--concurrency", "1")
+    assert status == 2
+    assert (out / "records.jsonl").read_bytes() == b""
 
 
 def test_refusals_come_sooner_than_answers(ask):
@@ -392,10 +401,10 @@ def test_an_answer_that_is_none_leaves_out_one_example(ask, capsys):
 
 
 def test_a_server_without_tools_leaves_no_record(ask, capsys):
-    status, out, server = ask({f"Q{i}": [SEVEN] for i in range(MANY + 9)}, "--concurrency", "2")
+    status, out, server = ask({f"Q{i}": [SEVEN] for i in range(90)}, "--concurrency", "2")
     assert status == 2
     assert f"answered {MANY + 2} conversations, and no tool was called in them" in capsys.readouterr().err
-    assert MANY + 2 <= len(server.asked) <= MANY + 4
+    assert MANY + 2 <= len(server.asked) < 90
     assert (out / "records.jsonl").read_bytes() == b""
 
 
@@ -425,6 +434,7 @@ def test_an_interrupt_waits_for_no_answer(ask, capsys, monkeypatch):
             kept.wait()
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             never.wait()
+            raise BrokenOff("long after")
         return turn(self, asked, example)
 
     turn, write = Endpoint._reply, teacher.CacheWriter.append

@@ -13,9 +13,9 @@ ORDER = [
     "calculators", "results", "tools", "isolation", "worker", "sandbox", "units", "quantities", "judge", "python_tool",
     "tasks", "facts", "template", "prompt",
     "assets", "attention", "tiny", "device", "lora", "norms", "fused", "student", "paging", "decode", "engine",
-    "proof", "load", "rollout", "teacher", "transcript", "teach_options", "endpoint", "teach", "reward", "batch", "loss",
-    "optim", "soft", "sft", "checkpoint", "statistics", "evaluate", "display", "log", "charts", "page", "report", "fit",
-    "run", "label",
+    "proof", "load", "rollout", "teacher", "transcript", "teach_options", "endpoint", "teach", "reward", "batch",
+    "loss", "optim", "soft", "sft", "checkpoint", "statistics", "evaluate", "display", "log", "charts", "page",
+    "report", "fit", "run", "label",
 ]  # fmt: skip
 MAY_IMPORT_KERNELS = {"attention", "loss", "reward", "student", "paging", "decode"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from lite_mentor import prompt, teach
+from lite_mentor import run as training
+from lite_mentor.config import PRESETS
 from lite_mentor.errors import UserError
 from lite_mentor.prompt import Chat
 from lite_mentor.sft import teacher_rollout
@@ -169,6 +172,31 @@ def test_ctrl_c_keeps_what_was_answered(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("stopped; what was answered is kept")
     assert tiny(tmp_path) == 0
     assert capsys.readouterr().out == f"{tmp_path}: 5 records, 3 of them new; 5 correct, 0 rejected\n"
+
+
+def test_a_run_goes_on_with_a_first_fill_that_was_interrupted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LITE_MENTOR_CACHE", str(tmp_path))
+    config = dataclasses.replace(PRESETS["tiny"], train_size=5, levels=(1,))
+    examples = load_suite("tiny", split="train", size=5, seed=0, levels=(1,))
+    fills = []
+
+    def interrupted(command, check):
+        fills.append(command)
+        with monkeypatch.context() as patched:
+            if len(fills) == 1:
+                patched.setattr(teach, "oracle", lambda e, run: oracle(e, run) if e in examples[:3] else 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    main(command[3:])
+                return SimpleNamespace(returncode=130)
+            return SimpleNamespace(returncode=main(command[3:]))
+
+    monkeypatch.setattr(training.subprocess, "run", interrupted)
+    with pytest.raises(UserError, match="could not be filled"):
+        training.open_teacher(config, examples, print)
+    for _ in range(2):
+        assert len(training.open_teacher(config, examples, print)) == 5
+    assert len(fills) == 2
+    assert "5 records, 2 of them new" in capsys.readouterr().out
 
 
 def test_unknown_flags_are_errors(tmp_path):
