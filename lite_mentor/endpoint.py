@@ -256,7 +256,9 @@ class _Held:
         else:
             return None
         self._records = []
-        return UserError(f"The endpoint {self.url} {why}None of these has a record: run the same command again then.")
+        return UserError(
+            f"The endpoint {self.url} {why}None of these has a record: put it right, then run the same command again."
+        )
 
 
 def _next(outcomes: Any) -> Any:
