@@ -32,7 +32,7 @@ from lite_mentor.errors import UserError
 from lite_mentor.evaluate import evaluate
 from lite_mentor.log import segments
 from lite_mentor.optim import make_optimizer
-from lite_mentor.run import Run, prepare
+from lite_mentor.run import Run, first_day, prepare
 from lite_mentor.tasks import load_suite
 from lite_mentor.types import Example, Rollout
 from train import train_step
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     for name in set(config.eval_suites) - {"validation", "test"}:
         load_suite(name, split="test", size=1, seed=0)  # so that a package that it lacks is missed before hours of work
     out = Path(config.out)
-    claim(out, config)
+    config = claim(out, config)
     about = {"command": " ".join(["python -m bench arms", *argv]), **machine(config.device), "preset": config.preset}
     for seed in map(int, seeds):
         for arm in ("cold", *arms):
@@ -79,16 +79,19 @@ def _take(argv: list[str], flag: str, default: tuple[str, ...]) -> tuple[tuple[s
     return tuple(argv[at + 1 : end]), argv[:at] + argv[end:]
 
 
-def claim(out: Path, config: Config) -> None:
-    """Write down what the arms of this folder share; raise UserError when it belongs to something else."""
-    shared = json.loads(json.dumps({k: v for k, v in config.asdict().items() if k not in OWN}))
+def claim(out: Path, config: Config) -> Config:
+    """Write down what the arms of this folder share, and give each of them the day on which the first was begun.
+
+    Raises UserError when the folder belongs to something else.
+    """
     path = out / "shared.json"
     if not path.exists():
         if out.exists() and any(out.iterdir()):
             raise UserError(f"--out {out} holds other files; name a new folder.")
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"format": FORMAT, "config": shared}, indent=1))
-        return
+        config = replace(config, date=config.date or first_day(config))
+        path.write_text(json.dumps({"format": FORMAT, "config": _shared(config)}, indent=1))
+        return config
     try:
         found = json.loads(path.read_text())
         version, theirs = found["format"], found["config"]
@@ -96,12 +99,18 @@ def claim(out: Path, config: Config) -> None:
         raise UserError(f"{path} cannot be read ({error}); name a new --out.") from None
     if version != FORMAT:
         raise UserError(f"--out {out} was written in format {version}, not {FORMAT}; name a new folder.")
-    for name, value in shared.items():
+    config = replace(config, date=config.date or theirs.get("date", ""))
+    for name, value in _shared(config).items():
         if theirs.get(name) != value:
             raise UserError(
                 f"--out {out} holds arms with {name} = {theirs.get(name)}, not {value}: they could not be compared; "
                 "name a new folder."
             )
+    return config
+
+
+def _shared(config: Config) -> dict[str, object]:
+    return json.loads(json.dumps({k: v for k, v in config.asdict().items() if k not in OWN}))
 
 
 def run_arm(arm: str, config: Config, cold: Path) -> None:

@@ -24,12 +24,13 @@ from lite_mentor.assets import cache_folder
 from lite_mentor.config import PRESETS
 from lite_mentor.engine import Engine, Sampling, Sequence
 from lite_mentor.judge import boxed, is_correct
-from lite_mentor.prompt import CALL_CLOSE, CALL_OPEN, Chat, parse_turn
+from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.reward import score
 from lite_mentor.rollout import Limits, messages_of, roll_out
 from lite_mentor.tasks import bfcl, make_example
 from lite_mentor.tasks.ood_lookup import generate as lookups
 from lite_mentor.tasks.ood_tools import unseen_tools
+from lite_mentor.template import CALL_CLOSE, CALL_OPEN
 from lite_mentor.tiny import tiny_tokenizer
 from lite_mentor.tools import MAX_RESULT_CHARS, calculator_tools, caller, run_call
 from lite_mentor.types import CALL_STATUSES, STOP_REASONS, Example, Rollout, TeacherRecord, ToolSpec

@@ -60,7 +60,7 @@ def plain_policy(logp, old, advantage, ref, behaviour) -> torch.Tensor:
     gain = torch.minimum(ratio * advantage, clipped * advantage)
     importance = (old - behaviour).exp().clamp(max=POLICY.tis_cap)
     d = ref - logp
-    return (-importance * gain + POLICY.beta * (d.exp() - d - 1)).mean()
+    return (importance * (POLICY.beta * ratio * (d.exp() - d - 1) - gain)).mean()
 
 
 def advantage(device: str, repeats: int, rate: float) -> list[dict]:

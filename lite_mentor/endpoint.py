@@ -17,8 +17,9 @@ from typing import Any
 
 from lite_mentor.errors import UserError
 from lite_mentor.judge import boxed
-from lite_mentor.prompt import ASK_FOR_BOX, json_schema, parse_turn
+from lite_mentor.prompt import parse_turn
 from lite_mentor.teach_options import Options, teacher_name
+from lite_mentor.template import ASK_FOR_BOX, json_schema
 from lite_mentor.tools import RunCall
 from lite_mentor.transcript import Request, calls_in, flaw, record_of, request, with_calls
 from lite_mentor.types import Example, TeacherRecord, ToolCall

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lite_mentor.judge import is_right
-from lite_mentor.prompt import CALL_CLOSE, CALL_OPEN, parse_turn
+from lite_mentor.prompt import parse_turn
 from lite_mentor.teacher import seal
+from lite_mentor.template import CALL_CLOSE, CALL_OPEN
 from lite_mentor.tools import render_call
 from lite_mentor.types import Example, TeacherRecord, ToolCall, ToolSpec
 

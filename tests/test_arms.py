@@ -97,8 +97,8 @@ HOSTILE = "</pre><script>alert(1)</script>\u202e\x1b[31m\ud800<img src=x onerror
 
 def folder_of(out, *results):
     """A folder of arms as `run_arm` leaves it."""
-    config = {k: v for k, v in arms.parse(FLAGS).asdict().items() if k not in arms_report.OWN}
-    arms.claim(out, arms.parse(FLAGS))
+    claimed = arms.claim(out, arms.parse(FLAGS))
+    config = {k: v for k, v in claimed.asdict().items() if k not in arms_report.OWN}
     for r in results:
         folder = out / f"seed-{r['seed']}" / r["arm"]
         folder.mkdir(parents=True)

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from lite_mentor import endpoint, teacher
 from lite_mentor.endpoint import FEW, MANY, BrokenOff, Endpoint
-from lite_mentor.prompt import ASK_FOR_BOX, Chat, json_schema, parse_turn
+from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.sft import teacher_rollout
 from lite_mentor.tasks import make_example
 from lite_mentor.teach import Options, main
 from lite_mentor.teacher import open_cache
+from lite_mentor.template import ASK_FOR_BOX, json_schema
 from lite_mentor.tiny import tiny_tokenizer
 from lite_mentor.tools import calculator_tools, caller, run_call
 from lite_mentor.transcript import record_of

@@ -17,6 +17,7 @@ from lite_mentor.tasks import make_example
 from lite_mentor.teach import Options, fill, record_of
 from lite_mentor.teacher import Manifest, append_to, open_cache, seal
 from lite_mentor.tools import calculator_tools, caller, render_call
+from lite_mentor.transcript import with_calls
 from lite_mentor.types import ToolSpec, World
 
 SCHEMA = {"type": "object", "properties": {"kg": {"type": "integer"}}, "required": ["kg"]}
@@ -89,7 +90,8 @@ class Filling:
             for example in todo:
                 self.asked += 1
                 call = run(render_call("rate", {"kg": 3}), example, ())
-                messages = [{"role": "assistant", "content": "..."}, {"role": "tool", "content": call.result}]
+                messages = [{"role": "assistant", "content": with_calls("", [call.raw])}]
+                messages.append({"role": "tool", "content": call.result})
                 messages.append({"role": "assistant", "content": "\\boxed{15}"})
                 yield record_of(example, "endpoint:m", messages, [call], "15")
 

@@ -12,8 +12,9 @@ from tokenizers import AddedToken
 
 from lite_mentor import prompt
 from lite_mentor.errors import UserError
-from lite_mentor.prompt import CALL_CLOSE, CALL_OPEN, Chat, Turn, parse_turn
+from lite_mentor.prompt import Chat, Turn, parse_turn
 from lite_mentor.tasks import load_suite, make_example
+from lite_mentor.template import CALL_CLOSE, CALL_OPEN
 from lite_mentor.tiny import tiny_tokenizer
 from lite_mentor.tools import render_call
 from lite_mentor.types import ToolSpec
