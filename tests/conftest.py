@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 
 # A busy machine is slow, and no example wrong for that.
-settings.register_profile("patient")
+settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 # Several test processes on a small machine would otherwise wait on each other's threads; what they start, too.

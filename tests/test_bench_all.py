@@ -125,11 +125,11 @@ def test_what_runs_ends_with_the_programme(tmp_path):
 def test_the_whole_programme_in_small_keeps_its_budget(tmp_path):
     """How much of it ends well depends on what else runs here; the first stage does, and all are accounted for."""
     begin = time.monotonic()
-    command = [sys.executable, "-m", "bench", "all", "--small", "--seconds", "50", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "bench", "all", "--small", "--seconds", "35", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "LITE_MENTOR_CACHE": str(tmp_path / "cache")}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 45
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]
     assert [row["stage"] for row in rows] == ["facts", "kernels", "micro", "step", "rollout"], ended.stderr
     assert rows[0]["status"] == 0

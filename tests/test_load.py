@@ -148,7 +148,7 @@ def long_rope(kind):
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic", "by layer"])
-@pytest.mark.parametrize("context", [60, 200])
+@pytest.mark.parametrize("context", [64, 200])
 def test_one_scale_for_all_that_is_decided_by_the_longest_sequence(tmp_path, kind, context):
     """Within the original length it is the model's own there; beyond, its own for a sequence of that length."""
     options = long_rope(kind)
