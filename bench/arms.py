@@ -37,7 +37,7 @@ from lite_mentor.tasks import load_suite
 from lite_mentor.types import Example, Rollout
 from train import train_step
 
-FORMAT = 2
+FORMAT = 3
 TRANSCRIPTS = 2
 """Episodes of each suite that are kept as text."""
 
@@ -99,7 +99,7 @@ def claim(out: Path, config: Config) -> Config:
         raise UserError(f"{path} cannot be read ({error}); name a new --out.") from None
     if version != FORMAT:
         raise UserError(f"--out {out} was written in format {version}, not {FORMAT}; name a new folder.")
-    config = replace(config, date=config.date or theirs.get("date", ""))
+    config = replace(config, date=config.date or theirs.get("date"))
     for name, value in _shared(config).items():
         if theirs.get(name) != value:
             raise UserError(
@@ -191,6 +191,8 @@ def reinforce(run: Run, cold: Path) -> Iterator[int]:
     start = run.restore()
     if start is None:
         run.student.load_adapter(cold / "adapter")
+        if c.beta:
+            run.student.keep_reference()
         run.save(0)
         start = 0
     for step in range(start, c.steps):

@@ -143,7 +143,9 @@ def check_prompts(case: dict[str, Any], folder: Path) -> None:
     ids = chat.prompt_ids(example)
     assert _frame(chat, ids) == _frame(chat, chat.prompt_ids(plain))
     assert _spelled(chat, example.question) in chat.decode(ids)
-    assert chat.native_tools or all(_spelled(chat, tool.description) in chat.decode(ids) for tool in example.tools)
+    assert chat.template.way == "native" or all(
+        _spelled(chat, tool.description) in chat.decode(ids) for tool in example.tools
+    )
     ids = chat.result_ids(case["results"])
     assert _frame(chat, ids) == _frame(chat, chat.result_ids(["x"] * len(case["results"])))
     assert all(_spelled(chat, result) in chat.decode(ids) for result in case["results"])

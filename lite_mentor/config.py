@@ -61,7 +61,8 @@ class Config:
     resume: str = ""
     """Continue the run in this folder from its newest sound checkpoint."""
     resume_anyway: bool = False
-    """Continue it although it will not go on bit for bit: other library versions or --steps, or lines that are lost."""
+    """Continue it although it will not go on as it would have: other library versions, --steps, tools, judge or chat
+    template, or lines that are lost."""
     check: bool = False
     """Only prove that the longest sample fits: one update at full length, then stop."""
     seed: int = 0

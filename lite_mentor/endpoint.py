@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from typing import Any
@@ -27,20 +27,33 @@ from lite_mentor.types import Example, TeacherRecord, ToolCall
 RETRIES = 8
 REFUSALS = (400, 413, 422)
 """Statuses that are about one conversation: it outgrew the context, met a filter, or has a form that is not taken."""
-FEW, MANY = 5, 20
-"""So many conversations that were broken off, or in which no tool was called, are not the teacher's doing."""
+FAILED, FEW, MANY = 3, 5, 20
+"""So many conversations that failed one after the other, that were broken off, or in which no tool was called, are not
+the teacher's doing."""
 
 
 class BrokenOff(Exception):
-    """The server broke a conversation off; its record is wrong and says how far it came. None: ask again."""
+    """The server broke a conversation off, or failed at it each time; its record is wrong and says how far it came."""
 
-    def __init__(self, why: str, record: TeacherRecord | None = None):
+    def __init__(self, why: str, record: TeacherRecord, *, failed: bool = False):
         super().__init__(why)
-        self.record = record
+        self.record, self.failed = record, failed
 
 
 class _Refused(Exception):
     """The server will not go on with this conversation."""
+
+    failed = False
+
+
+class _Failed(_Refused):
+    """It would, and cannot: it failed in all tries, or twice gave no chat completion."""
+
+    failed = True
+
+
+class _NoReply(Exception):
+    """What came is no chat completion."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +90,16 @@ class Endpoint:
         self._lock, self._next = threading.Lock(), 0.0
         self._notes: Counter[str] = Counter()
 
-    def ask_all(self, examples: Sequence[Example]) -> Generator[TeacherRecord, None, None]:
-        """Records as they are finished, `concurrency` at a time.
+    def ask_all(
+        self, examples: Sequence[Example], done: Iterable[TeacherRecord] = ()
+    ) -> Generator[TeacherRecord, None, None]:
+        """Records as they are finished, `concurrency` at a time; those that are `done` speak for the server.
 
         After a failure nothing more is asked; what was under way is still delivered, and then the failure is raised.
         An interrupt waits for no answer: these threads die with the process.
         """
         failures: list[UserError] = []
-        held = _Held(self.options.base_url)
+        held = _Held(self.options.base_url, proven=any(_calls_a_tool(record) for record in done))
 
         def attempt(example: Example) -> TeacherRecord | BrokenOff | None:
             if failures:
@@ -110,8 +125,6 @@ class Endpoint:
         yield from held.rest()
         if failures:
             raise failures[0]
-        if held.left_out:
-            raise UserError(f"{held.left_out} examples have no record; run the same command again to ask them anew.")
 
     def ask(self, example: Example) -> TeacherRecord:
         """One conversation, until the teacher answers without a call. Raises UserError, and BrokenOff."""
@@ -124,11 +137,11 @@ class Endpoint:
             try:
                 reply = self._reply(asked, example)
             except _Refused as refusal:
-                said = messages or [{"role": "assistant", "content": ""}]
-                why = f"example {example.key} ends early, the server refused its next turn: {refusal}"
-                raise BrokenOff(why, record_of(example, teacher, said, calls, None)) from refusal
+                record = record_of(example, teacher, messages or [_assistant("")], calls, None)
+                why = f"example {example.key} ends early, {refusal}"
+                raise BrokenOff(why, record, failed=refusal.failed) from refusal
             text, wanted = self._calls_of(reply, example)
-            messages.append({"role": "assistant", "content": with_calls(text, [call.raw for _, call in wanted])})
+            messages.append(_assistant(with_calls(text, [call.raw for _, call in wanted])))
             if not reply.complete:
                 self._note("conversations that ended at the token limit of a turn (--max-new-tokens)")
                 break
@@ -170,7 +183,18 @@ class Endpoint:
         return text.strip() if found else text, found
 
     def _reply(self, asked: list[dict[str, Any]], example: Example) -> Reply:
-        """The next turn. Raises UserError, _Refused, and BrokenOff for an answer that is no chat completion."""
+        """The next turn. Raises UserError and _Refused. What is no chat completion is asked for once more."""
+        with contextlib.suppress(_NoReply):
+            return self._asked_once(asked, example)
+        try:
+            return self._asked_once(asked, example)
+        except _NoReply as error:
+            raise _Failed(
+                f"the server answers, but not as a chat-completions server ({error}); check --base-url, which mostly "
+                "ends in /v1"
+            ) from error
+
+    def _asked_once(self, asked: list[dict[str, Any]], example: Example) -> Reply:
         limit = {"max_tokens": self.options.max_new_tokens} if self.options.max_new_tokens else {}
         self._wait()
         try:
@@ -184,16 +208,15 @@ class Endpoint:
             return read_reply(response.http_response.content)
         except self.openai.OpenAIError as error:
             if getattr(error, "status_code", None) in REFUSALS:
-                raise _Refused(_words_of(error)) from error
+                raise _Refused(f"the server refused its next turn: {_words_of(error)}") from error
+            if isinstance(error, self.openai.InternalServerError):
+                raise _Failed(f"the server failed in all {RETRIES + 1} tries: {_words_of(error)}") from error
             raise UserError(
                 f"The endpoint {self.options.base_url} failed ({_words_of(error)}); "
                 "what it answered is kept: put it right and run the same command again."
             ) from error
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise BrokenOff(
-                f"example {example.key} is left out, for the server answers, but not as a chat-completions server "
-                f"({type(error).__name__}: {error}); check --base-url, which mostly ends in /v1"
-            ) from error
+            raise _NoReply(f"{type(error).__name__}: {error}") from error
 
     def _note(self, text: str) -> None:
         with self._lock:
@@ -213,31 +236,32 @@ class Endpoint:
 class _Held:
     """Keeps records back while the server may be at fault for them, for what has a record is never asked again."""
 
-    def __init__(self, url: str):
-        self.url, self.last = url, ""
-        self.passed = self.broken = self.called = self.silent = self.left_out = 0
+    def __init__(self, url: str, *, proven: bool):
+        self.url, self.last, self.proven = url, "", proven
+        self.passed = self.broken = self.called = self.silent = self.failed_in_a_row = 0
         self._records: list[TeacherRecord] = []
 
     def take(self, outcome: TeacherRecord | BrokenOff) -> list[TeacherRecord]:
         """One conversation's end -> the records that may be kept from now on."""
         broke = isinstance(outcome, BrokenOff)
         record = outcome.record if broke else outcome
-        called = record is not None and any(call.status != "bad_json" for call in record.calls)
+        called = _calls_a_tool(record)
         self.broken += broke
         self.passed += not broke
         self.called += called
         self.silent += not broke and not called
-        self.left_out += record is None
+        self.failed_in_a_row = self.failed_in_a_row + 1 if broke and outcome.failed else 0
         if broke:
             self.last = str(outcome)
             print(self.last, file=sys.stderr)
         if called and not broke:
             return [record, *self._trusted()]
-        self._records += [record] if record else []
+        self._records.append(record)
         return self._trusted()
 
     def _trusted(self) -> list[TeacherRecord]:
-        return self.rest() if self.called and self.broken <= self.passed else []
+        sound = (self.called or self.proven) and self.broken <= self.passed and not self.failed_in_a_row
+        return self.rest() if sound else []
 
     def rest(self) -> list[TeacherRecord]:
         """What was kept back."""
@@ -246,9 +270,11 @@ class _Held:
 
     def fault(self, under_way: int) -> UserError | None:
         """What is wrong with the server, where more is than those `under_way` could outweigh by ending well."""
-        if self.broken > self.passed + under_way and (self.broken >= FEW or not self.passed + under_way):
+        others = self.passed + under_way
+        few = self.broken < FEW and (others or self.proven)
+        if self.failed_in_a_row >= FAILED or (self.broken > others and not few):
             why = f"broke off {self.broken} of {self.broken + self.passed} conversations; the last: {self.last}. "
-        elif not self.called and self.silent >= MANY + under_way:
+        elif not self.called and not self.proven and self.silent >= MANY + under_way:
             why = (
                 f"answered {self.silent} conversations, and no tool was called in them: a student would learn to call "
                 "none. Start the server with tool calls switched on, or ask another model; where the first tasks need "
@@ -258,8 +284,17 @@ class _Held:
             return None
         self._records = []
         return UserError(
-            f"The endpoint {self.url} {why}None of these has a record: put it right, then run the same command again."
+            f"The endpoint {self.url} {why}What was held back for that has no record: put it right, then run the same "
+            "command again."
         )
+
+
+def _calls_a_tool(record: TeacherRecord) -> bool:
+    return any(call.status != "bad_json" for call in record.calls)
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def _next(outcomes: Any) -> Any:
@@ -303,7 +338,7 @@ def read_reply(body: bytes) -> Reply:
     requests = []
     for call in message.get("tool_calls") or ():
         name, given = call["function"]["name"], call.get("id")
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str):
             raise TypeError(f"a call's name is {name!r:.80}")
         requests.append((given if isinstance(given, str) else "", request(name, call["function"].get("arguments"))))
     thoughts = {name: message[name] for name in ("reasoning_content", "reasoning") if message.get(name)}

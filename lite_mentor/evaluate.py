@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -195,6 +196,7 @@ def _evaluate_all(options: Options, config: Config, engine: Engine, student: Stu
     chat = Chat(student.tokenizer, config.date or next((row["date"] for row in done if "date" in row), ""))
     untrained = {name: tensor.clone() for name, tensor in student.adapter_state().items()}
     temperature = options.temperature if options.samples > 1 else 0.0
+    held_out = suites(config, partial(print, file=sys.stderr))
     first: dict[str, dict] = {}
     for adapter in options.adapters or (("none",) if options.student else ("cold_start", "adapter")):
         if adapter == "none":
@@ -203,7 +205,7 @@ def _evaluate_all(options: Options, config: Config, engine: Engine, student: Stu
             inside = options.folder / adapter
             student.load_adapter(inside if inside.exists() else Path(adapter))
         engine.weights_changed()
-        for suite, examples in suites(config).items():
+        for suite, examples in held_out.items():
             identity = {
                 "name": adapter, "suite": suite, "samples": options.samples, "temperature": temperature,
                 "keys": [e.key for e in examples], "limits": asdict(limits), "weights": _weights(student),

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from lite_mentor.errors import UserError
-from lite_mentor.quantities import MAX_CHARS, Quantity, plain, read, same_quantity, tidy
+from lite_mentor.quantities import MAX_CHARS, Quantity, close, plain, read, same_quantity, tidy
 from lite_mentor.sandbox import Worker, find_way
 from lite_mentor.tools import played
 from lite_mentor.types import Example, ToolCall
@@ -57,7 +57,7 @@ def is_right(example: Example, answer: str | None, calls: Sequence[ToolCall]) ->
     raises is a mistake of ours and raises RuntimeError.
     """
     if example.checker != "state":
-        return is_correct(answer, example.answer, example.checker)
+        return is_correct(answer, example.answer, example.checker, example.question)
     played_again = {"world": example.world.start, "calls": played(calls)}
     request = {"path": example.world.judge, "arguments": played_again, "seconds": PLAY_SECONDS}
     try:
@@ -76,13 +76,14 @@ def _player() -> Worker:
     return worker
 
 
-def is_correct(answer: str | None, gold: tuple[str, ...], checker: Literal["math", "text"]) -> bool:
+def is_correct(answer: str | None, gold: tuple[str, ...], checker: Literal["math", "text"], question: str = "") -> bool:
     """Does the answer equal any of the accepted ones? None, "" and more than 200 characters never do.
 
     math: by what was accepted.
     - A number is compared exactly, but for what tools round off (see quantities.close). It is one number and nothing
       else: who may write 95*66 or 144/2 for its result needs no tools. (3/4 is a number.) What only one side says, a
-      unit, a noun or a name, is dropped; what both say must agree: 5 m is not 5 km, 5000 m is.
+      unit, a noun or a name, is dropped; what both say must agree: 5 m is not 5 km, 5000 m is. But what has to be
+      converted first, and stands so in the question, is no answer to it.
     - Words are compared as text.
     - Anything else is right if math-verify says so within its limits.
 
@@ -92,8 +93,10 @@ def is_correct(answer: str | None, gold: tuple[str, ...], checker: Literal["math
     """
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return False
-    same = {"math": _same_mathematics, "text": _same_text}[checker]
-    return any(len(accepted) <= MAX_CHARS and same(answer, accepted) for accepted in gold)
+    gold = [accepted for accepted in gold if len(accepted) <= MAX_CHARS]
+    if checker == "text":
+        return any(_same_text(answer, accepted) for accepted in gold)
+    return any(_same_mathematics(answer, accepted, question) for accepted in gold)
 
 
 def is_mathematics(accepted: str) -> bool:
@@ -154,12 +157,15 @@ _CAPITALS = re.compile(r"(?<![\\a-zA-Z])[A-Z]{2,}")
 _UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}(\^\{?[23]\}?)?$|(?<=\S)(\s+[a-z]{2,}(?:[ /][a-z]+)*)$")
 
 
-def _same_mathematics(answer: str, accepted: str) -> bool:
+def _same_mathematics(answer: str, accepted: str, question: str) -> bool:
     same_spelling = bool(plain(answer)) and tidy(answer) == tidy(accepted)
     expected = _number(accepted)
     if expected is not None:
         found = read(answer)
-        return same_spelling or (found is not None and same_quantity(found, expected))
+        if same_spelling or found is None:
+            return same_spelling
+        copied = not close(found.value, expected.value, rounded=found.rounded) and plain(answer) in plain(question)
+        return same_quantity(found, expected) and not copied
     if _is_words(accepted):
         return _same_text(answer, accepted)
     return same_spelling or _same_formula(tidy(answer), tidy(accepted))
@@ -168,7 +174,8 @@ def _same_mathematics(answer: str, accepted: str) -> bool:
 def _number(accepted: str) -> Quantity | None:
     """The accepted answer as a number, unless it is a name: 12 Angry Men."""
     number = read(accepted)
-    named = number and any(unit.nouns for unit in number.units) and re.search(r"(?<!\w)[A-Z]\w\w", plain(accepted))
+    capitals = re.findall(r"(?<!\w)[A-Z]\w\w", plain(accepted))
+    named = number and any(unit.nouns for unit in number.units) and len(capitals) > 1
     return None if named else number
 
 

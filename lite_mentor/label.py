@@ -26,7 +26,7 @@ from lite_mentor.batch import pack
 from lite_mentor.config import Config, parse
 from lite_mentor.device import compute_device
 from lite_mentor.errors import UserError
-from lite_mentor.load import load_student
+from lite_mentor.load import load_student, load_tokenizer
 from lite_mentor.loss import sampled_hidden
 from lite_mentor.prompt import Chat
 from lite_mentor.run import training_examples
@@ -65,10 +65,10 @@ def student_records(config: Config) -> tuple[list[Rollout], dict[str, int]]:
     """The cold start's records as this run's student reads them, and its vocabulary."""
     with tempfile.TemporaryDirectory() as scratch:  # for the quarantine, which the run will write again
         examples, teacher = training_examples(config, Path(scratch), print)
-    student = load_student(config.student, quant=config.quant, lora_rank=1, device=config.device, dtype=config.dtype)
+    tokenizer = load_tokenizer(config.student)
     chosen = examples[: config.sft_steps * config.sft_batch]
-    rollouts = sft.teacher_rollouts(Chat(student.tokenizer, config.date), chosen, teacher, config)
-    return rollouts, student.tokenizer.get_vocab()
+    rollouts = sft.teacher_rollouts(Chat(tokenizer, config.date), chosen, teacher, config)
+    return rollouts, tokenizer.get_vocab()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

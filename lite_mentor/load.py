@@ -95,6 +95,8 @@ def _take_over(model: PreTrainedModel, tokenizer, context: int | None, seed: int
             torch.manual_seed(seed)
             student = Student(model, tokenizer, context=fix_rotary(model, context), **how)
         prove(student, context or student.context or getattr(student.config, "max_position_embeddings", 2048))
+        if student.device.type == "cuda":  # what the proof took counts as free again
+            torch.cuda.empty_cache()
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model that was not written for this may fail in any way

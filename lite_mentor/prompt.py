@@ -58,8 +58,6 @@ class Chat:
         self.tokenizer = tokenizer
         self.date = date or str(datetime.date.today())
         self.template = Template(tokenizer, self.date)
-        self.native_tools = self.template.way == "native"
-        """Does the template itself describe tools? Else our system prompt does."""
         added = tokenizer.added_tokens_decoder
         self._special = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         marks = self._marks()
@@ -73,7 +71,8 @@ class Chat:
         """The conversation up to the point where the student speaks."""
         tools = [self._guarded(json_schema(tool)) for tool in example.tools]
         described = "\n".join(signature(tool) for tool in example.tools)
-        return self._encode(self.template.prompt(tools), [example.question, described])
+        rendered = self.template.prompt(tools).replace(repr(_BREAK)[1:-1], _BREAK)  # of templates that print a dict
+        return self._encode(rendered, [example.question, described])
 
     def result_ids(self, results: Sequence[str]) -> list[int]:
         """What follows an assistant turn that `end_id` closed: the results, and the opening of the next turn."""

@@ -2,7 +2,7 @@
 
 Whatever else a model does (recurrence across tokens, a multiplier in its head, other attention, randomness) shows up
 as a difference. It is looked for in float32, where models that we understand differ by their rounding alone, and then
-in the student's own dtype, where ours may be as far from float32 as the model's own forward is.
+in the student's own dtype, where ours may be at most twice as far from float32 as the model's own forward is.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def prove(student: Student, context: int) -> None:
         own_BTV = exact_BTV if student.dtype is torch.float32 else _own(base, ids_BT)
         error_BT = _error(_packed(student, student.rollout_hidden, ids_BT, context), exact_BTV)
         noise_BT = _error(own_BTV, exact_BTV)
-        _check(student, str(student.dtype)[6:], _mean(error_BT), 2 * _mean(noise_BT) + _EXACT)
+        _check(student, str(student.dtype)[6:], _rms(error_BT), 2 * _rms(noise_BT) + _EXACT)
 
 
 def _decode(student: Student) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,7 +107,7 @@ def _error(ours_BTV: torch.Tensor, exact_BTV: torch.Tensor) -> torch.Tensor:
     return (ours_BTV - exact_BTV).norm(dim=-1) / exact_BTV.std(-1) / exact_BTV.shape[-1] ** 0.5
 
 
-def _mean(error_BT: torch.Tensor) -> torch.Tensor:
+def _rms(error_BT: torch.Tensor) -> torch.Tensor:
     return error_BT.square().mean().sqrt()
 
 

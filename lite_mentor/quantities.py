@@ -27,8 +27,10 @@ class Quantity:
     """What it may count; several where a word is ambiguous."""
     name: str = ""
     """The x of x = 5."""
-    division: bool = False
-    """A whole number that was written as a quotient: 144/2."""
+    quotient: bool = False
+    """Was it written as a fraction?"""
+    unfinished: bool = False
+    """Is that arithmetic left to do? 144/2, 150/4 and 1.5/4; but not 3/4 and 7/2."""
     rounded: bool = False
     """Written with a power of ten, as tools print what has too many digits."""
 
@@ -51,10 +53,12 @@ def same_quantity(found: Quantity, expected: Quantity) -> bool:
     """Is `found` the accepted number?
 
     What only one of the two says (unit, noun, name) is dropped; what both say must agree, and units are converted.
-    A percent sign means hundredths, or nothing if only one has it: 50% is 0.5, and 50; 0.5 is not 50. A quotient that
-    is a whole number is arithmetic left to do, unless it was accepted so.
+    A percent sign means hundredths, or nothing if only one has it: 50% is 0.5, and 50; 0.5 is not 50. Arithmetic that
+    is left to do is right only where a fraction was accepted.
     """
-    if (found.division and not expected.division) or (found.name and expected.name and found.name != expected.name):
+    if found.unfinished and not expected.quotient:
+        return False
+    if found.name and expected.name and found.name != expected.name:
         return False
     pairs = [(f, e) for f in found.units for e in expected.units]
     if not any(f and e for f, e in pairs):
@@ -119,6 +123,7 @@ def tidy(text: str) -> str:
     text = text.strip()
     if len(text) > 2 and text[0] == text[-1] == "$":
         text = text.strip("$").strip()
+    text = " ".join(text.split())
     quoted = _QUOTES.fullmatch(text)
     return quoted[2].strip() if quoted and quoted[1].replace("“", "”") == quoted[3] else text
 
@@ -154,8 +159,10 @@ _NAME = re.compile(r"[^\W\d]\w*(?:_\{\w+\}|\(\w+\))?")
 _MORE_THAN_A_NAME = re.compile(r"[,;|<>≤≥≠!¬±]|\b(?:or|and|not)\b")
 _LETTER = re.compile(r"(?<!\\)[^\W\d_]")
 _OPERATION = re.compile(
-    r"[+*/^·×÷]|\\(?:frac|sqrt|binom)|\d[^\W\d_]\b|(?<![^\W\d_]{2})\s*-|-\s*(?![^\W\d_]{2})"  # follow-up costs
+    r"[+*/^·×÷]|\\(?:frac|sqrt|binom)|\d[^\W\d_]\b|(?<![^\W\d_]{2})\s?-\s?(?![^\W\d_]{2})"  # not in follow-up costs
 )
+_COUNTED = re.compile(r"(?<=\d)\s[^\W\d_]{3,}(?:/[^\W\d_]+)?")
+"""What a number counts in a sum that was worked out: 5 apples + 7 apples = 12."""
 
 
 def read(text: str) -> Quantity | None:
@@ -163,9 +170,8 @@ def read(text: str) -> Quantity | None:
     if len(text) > MAX_CHARS:
         return None
     left, _, text = _without_brackets(plain(text)).replace("≈", "=").rpartition("=")
-    if _MORE_THAN_A_NAME.search(left) or any(
-        _LETTER.search(side) and _OPERATION.search(side) for side in left.split("=")
-    ):
+    sides = [_COUNTED.sub("", side) for side in left.split("=")]
+    if _MORE_THAN_A_NAME.search(left) or any(_LETTER.search(side) and _OPERATION.search(side) for side in sides):
         return None
     text = _LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", _without_brackets(text)).strip()
     if compound := _compound(text):
@@ -187,7 +193,8 @@ def read(text: str) -> Quantity | None:
         percent=bool(percent and not percent[1]),
         units=units,
         name=left.strip().casefold() if _NAME.fullmatch(left.strip()) else "",
-        division=match["below"] is not None and value.denominator == 1,
+        quotient=bool(match["below"]),
+        unfinished=bool(match["below"]) and _is_unfinished(match["above"], match["below"], value * scale),
         rounded=bool(match["exponent"] or match["power"] or match["power2"] or scale != 1),
     )
 
@@ -204,6 +211,13 @@ def _compound(text: str) -> Quantity | None:
             value = sum(_decimal(part[1]) * factor for part, factor in zip(parts, factors, strict=True)) / first.factor
             return Quantity(value, units=(first,))
     return None
+
+
+def _is_unfinished(above: str, below: str, value: Fraction) -> bool:
+    numerator, denominator = _decimal(above), abs(_decimal(below))
+    if numerator < denominator < 13 and numerator.denominator == denominator.denominator == 1:
+        return False  # 3/4 million, 2 1/2 dozen, 2/4
+    return value.denominator == 1 or denominator != (numerator / denominator).denominator
 
 
 def _without_brackets(text: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import enum
+import functools
 import inspect
 import io
 import itertools
@@ -37,11 +38,22 @@ def finished(value: Any) -> Any:
     if inspect.isawaitable(value) or inspect.isasyncgen(value):
         import asyncio  # here, for few tools need it
 
-        value = asyncio.run(_awaited(value))
+        try:
+            value = _loop().run_until_complete(_awaited(value))
+        except asyncio.CancelledError as error:
+            raise ToolError("the tool was cancelled") from error
     if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
         value = list(itertools.islice(value, MAX_YIELDED + 1))
         _check_yielded(value)
     return value
+
+
+@functools.cache
+def _loop() -> Any:
+    """One for all calls of a process: a client that a tool keeps between them belongs to the loop of its first."""
+    import asyncio
+
+    return asyncio.new_event_loop()
 
 
 async def _awaited(value: Any) -> Any:

@@ -170,7 +170,7 @@ def identity_of(examples: Sequence[Example], teacher: TeacherCache, student: Stu
 
 
 def differences(found: checkpoint.Checkpoint, run: Run) -> tuple[list[str], list[str]]:
-    """How a checkpoint differs from what `run` would write: in what is learned, and in no more than its rounding."""
+    """How a checkpoint differs from what `run` would write: in what may not, and in what --resume-anyway accepts."""
     other, inexact = [], []
     now = json.loads(json.dumps(run.config.asdict()))
     then = found.state["config"]

@@ -144,10 +144,10 @@ class Student:
 
     @torch.no_grad()
     def _exchange_adapters(self) -> None:
-        for name, kept in self._reference.items():
-            held = kept.clone()
-            kept.copy_(self._adapter[name])
-            self._adapter[name].copy_(held)
+        kept, mine = list(self._reference.values()), [self._adapter[name] for name in self._reference]
+        held = [tensor.clone() for tensor in kept]
+        torch._foreach_copy_(kept, mine)  # a few launches, of hundreds of tensors
+        torch._foreach_copy_(mine, held)
         self._lora.refresh()
 
     def keep_reference(self, state: Mapping[str, torch.Tensor] | None = None) -> None:

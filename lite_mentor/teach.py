@@ -13,8 +13,10 @@ trajectory's calls are executed here and its answer is judged here, whoever the 
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
@@ -35,8 +37,8 @@ from lite_mentor.types import Example, TeacherRecord, ToolCall
 
 MAX_PROMPT_TOKENS = 2048
 
-Ask = Callable[[Sequence[Example]], Generator[TeacherRecord, None, None]]
-"""Asks the teacher -> a record of each example, in any order."""
+Ask = Callable[[Sequence[Example], Sequence[TeacherRecord]], Generator[TeacherRecord, None, None]]
+"""Asks the teacher -> a record of each example, in any order; the records that are there speak for the teacher."""
 
 
 def fill(options: Options, examples: Sequence[Example], ask: Ask, run: RunCall) -> None:
@@ -69,7 +71,7 @@ def fill(options: Options, examples: Sequence[Example], ask: Ask, run: RunCall) 
         calls: list[int] = []
         task = progress.add_task(f"{manifest.teacher} on {options.suite}", total=len(todo))
         try:
-            with contextlib.closing(ask(list(todo.values()))) as records:
+            with contextlib.closing(ask(list(todo.values()), list(cache.done.values()))) as records:
                 for record in records:
                     cache.append(with_facts(record, facts[record.example_key]))
                     calls += [len(record.calls)] if record.correct else []
@@ -94,10 +96,17 @@ def renewed(record: TeacherRecord, example: Example, now: Facts, run: RunCall) -
         calls: list[ToolCall] = []
         for call in record.calls:
             calls.append(run(call.raw, example, calls))
-        if tuple(calls) != record.calls:
+        if not all(map(_same_call, record.calls, calls)):
             return None
     answer = record.answer or None
     return with_facts(record_of(example, record.teacher, record.messages, record.calls, answer), now)
+
+
+def _same_call(then: ToolCall, now: ToolCall) -> bool:
+    """A time limit that was met says nothing of a tool; a local teacher's long results were cut."""
+    clipped = re.fullmatch(r"(.*)\.\.\. \[[0-9]+ more tokens\]", then.result, re.DOTALL)
+    same_result = then.result == now.result or (clipped is not None and now.result.startswith(clipped[1]))
+    return "timeout" in (then.status, now.status) or (same_result and replace(then, result=now.result) == now)
 
 
 def decoding(options: Options) -> dict[str, float | str]:
@@ -194,16 +203,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(sandbox.note, file=sys.stderr)
             run = caller(sandbox.call)
             if options.source == "oracle":
-                fill(options, examples, lambda todo: (oracle(example, run) for example in todo), run)
+                fill(options, examples, lambda todo, _: (oracle(example, run) for example in todo), run)
             elif options.source == "endpoint":
                 fill(options, examples, Endpoint(options, run).ask_all, run)
             else:
-                fill(options, examples, lambda todo: local(options, todo, run), run)
+                fill(options, examples, lambda todo, _: local(options, todo, run), run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; what was answered is kept: run the same command again to go on", file=sys.stderr)
+        print("stopped; finished records are kept: run the same command again to go on", file=sys.stderr)
         return 130
     return 0
 

@@ -389,6 +389,8 @@ def append_to(path: Path, manifest: Manifest) -> Iterator[CacheWriter]:
             there = read_manifest(path)
             for name in ("teacher", "source", "suite", "decoding"):
                 old, new = getattr(there, name), getattr(manifest, name)
+                if name == "decoding":  # an older version wrote down less
+                    new = {key: value for key, value in new.items() if key in old}
                 if old != new:
                     raise UserError(f"{path} was filled with {name} {old!r}, not {new!r}; choose another --out.")
         yield CacheWriter(path, file, manifest)

@@ -121,13 +121,17 @@ _CHANGES = re.compile(
     r"|versus|except|without|twice|thrice|double|triple|[a-z]+fold|percent|permille|infinity|milli|micro|nano|mega|giga"
     r"|sin|cos|tan|cot|csc|log|exp|sqrt|lim|max|gcd|lcm|alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|phi|psi|omega"
 )
-_SILENT = {"of", "in", "the", "a", "an", "for", "on", "at", "by", "each", "total", "all", "unit", "units", "altogether"}
+_SILENT = {
+    "of", "in", "the", "a", "an", "for", "on", "at", "by", "each", "total", "all", "unit", "units", "altogether", "as",
+    "than", "there", "are",
+}  # fmt: skip
 """Words that say nothing about what is counted."""
 
 _REWRITINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), replacement)
     for pattern, replacement in (
         (r"\b([ap])\.m\b\.?", r"\1m"),
+        (r"\b(left|remaining)\s+over\b", r"\1"),
         (r"(?:°|\bdegrees?|\bdeg\b)\s*c(?:elsius|entigrade)?\b", "°C"),
         (r"(?:°|\bdegrees?|\bdeg\b)\s*f(?:ahrenheit)?\b", "°F"),
         (r"\b(?:square|sq\.?)\s+([a-z]+)", r"\1^2"),
@@ -136,6 +140,7 @@ _REWRITINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<=[a-z])-(?=[a-z])", " "),
     )
 )
+_IN_ALL = re.compile(r"\s+(?:total|all|the|each|an?)\b", re.IGNORECASE)
 _TOKEN = re.compile(r"\s*(?:(/)|[*·]|(°[CF]?|[$£€¥₹¢]|[^\W\d_]+\.?)(?:\^\{?(-?[1-9])\}?|([23])(?![0-9]))?)")
 
 
@@ -160,7 +165,8 @@ def read_units(text: str, currency: str = "") -> tuple[Unit, ...]:
             power, dangling = -1 if token[1] else 1, True
         else:
             word = token[2].rstrip(".")
-            meanings = meanings_of(word) if parts == [] or word != "in" else []
+            inches = not parts and not _IN_ALL.match(text, position)
+            meanings = meanings_of(word) if word != "in" or inches else []
             if not meanings and not (_is_noun(word) and (first_is_apart or parts)):
                 return ()
             if meanings or word.lower() not in _SILENT:

@@ -226,7 +226,7 @@ def test_folders_of_something_else_are_refused(tmp_path, capsys):
     (tmp_path / "other" / "notes.txt").write_text("mine")
     for content, sentence in (
         (None, "holds other files; name a new folder"),
-        ('{"format": 9, "config": {}}', "was written in format 9, not 2"),
+        ('{"format": 9, "config": {}}', "was written in format 9, not 3"),
         ("{", "cannot be read"),
     ):
         if content:

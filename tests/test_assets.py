@@ -330,7 +330,8 @@ def test_the_default_student_out_of_its_wheel(no_hub, tmp_path, monkeypatch):
         "pad_token": "<|im_end|>",
     }  # fmt: skip
     assert sum(token.special for token in tokenizer.added_tokens_decoder.values()) == 17
-    assert Chat(tokenizer).end_id == 2
+    chat = Chat(tokenizer)
+    assert (chat.end_id, chat.template.way, chat.template.thought) == (2, "system", "")
     # Digits stand alone, and so do the spaces before one.
     assert tokenizer.tokenize("x =  12.5\n") == ["x", "Ġ=", "ĠĠ", "1", "2", ".", "5", "Ċ"]
     for text in (" a  b ,c ?", "\u2581 \u00e9 \u0663", "<|im_start|>user\n7<|im_end|>"):

@@ -194,10 +194,13 @@ def test_one_question_that_the_server_refuses_does_not_hold_up_the_others(ask):
     [
         ((401, {"error": {"message": "bad key"}}), "failed (AuthenticationError: Error code: 401 - bad key)"),
         ((404, b"<html>not here</html>"), "failed (NotFoundError: "),
-        ((200, {"choices": []}), "failed (InternalServerError: Error code: 502 - {'choices': []})"),
-        ((200, {"choices": None}), "failed (InternalServerError: "),
-        ((200, {"error": {"message": "overloaded"}}), "failed (InternalServerError: Error code: 502 - overloaded)"),
-        ((200, {"choices": [{"error": {"message": "x"}}]}), "failed (InternalServerError: "),
+        ((200, {"choices": []}), "failed in all 2 tries: InternalServerError: Error code: 502 - {'choices': []}"),
+        ((200, {"choices": None}), "failed in all 2 tries: InternalServerError: "),
+        (
+            (200, {"error": {"message": "overloaded"}}),
+            "failed in all 2 tries: InternalServerError: Error code: 502 - overloaded",
+        ),
+        ((200, {"choices": [{"error": {"message": "x"}}]}), "failed in all 2 tries: InternalServerError: "),
         ((400, REFUSED), "broke off 1 of 1 conversations"),
         ((200, b"<html>welcome</html>"), NO_CHAT),
         ((200, b'{"choices": ['), NO_CHAT),
@@ -210,7 +213,7 @@ def test_one_question_that_the_server_refuses_does_not_hold_up_the_others(ask):
         ((200, {"choices": [{"message": {"content": {"a": 1}}}]}), NO_CHAT),
         ((200, {"choices": [{"message": {"content": [{"type": "text"}]}}]}), NO_CHAT),
         ((200, {"choices": [{"message": {"tool_calls": [{"id": "x"}]}}]}), NO_CHAT),
-        (reply("", ("", "{}")), NO_CHAT),
+        ((200, {"choices": [{"message": {"tool_calls": [{"function": {"name": 1}}]}}]}), NO_CHAT),
     ],
 )
 def test_a_server_that_cannot_be_used(ask, capsys, monkeypatch, answer, words):
@@ -381,7 +384,7 @@ def test_a_refusal_before_a_failure_is_no_record(ask):
 
 def test_refusals_come_sooner_than_answers(ask):
     """What is under way may still end well, so a filter's quick refusals do not outvote slow teachers."""
-    held = endpoint._Held("url")
+    held = endpoint._Held("url", proven=False)
     refused = BrokenOff("x", record_of(EXAMPLE, "m", [{"role": "assistant", "content": ""}], [], None))
     for _ in range(FEW + 2):
         assert held.take(refused) == []
@@ -389,16 +392,48 @@ def test_refusals_come_sooner_than_answers(ask):
     assert held.fault(under_way=FEW + 1).args[0].startswith("The endpoint url broke off 7 of 7")
 
 
-def test_an_answer_that_is_none_leaves_out_one_example(ask, capsys):
-    scripts = {"P": [CALLS, SEVEN], "Q": [CALLS, (200, b"{")], "R": [CALLS, SEVEN]}
+@pytest.mark.parametrize("failure", [(200, b"{"), (500, {"error": {"message": "cannot parse the call"}})])
+def test_what_fails_each_time_costs_one_example(ask, capsys, monkeypatch, failure):
+    monkeypatch.setattr(endpoint, "RETRIES", 1)
+    scripts = {"P": [CALLS, SEVEN], "Q": [CALLS, failure, failure], "R": [CALLS, SEVEN]}
     status, out, _ = ask(scripts, "--concurrency", "1")
+    assert status == 0
+    cache = open_cache(out)
+    assert (len(cache), cache.rejected) == (2, 1)
+    assert "ends early, the server " in capsys.readouterr().err
+
+
+def test_what_is_no_answer_is_asked_for_once_more(ask):
+    status, out, server = ask({"Q": [CALLS, (200, b"{"), SEVEN]})
+    assert (status, len(open_cache(out)), len(server.asked)) == (0, 1, 3)
+
+
+def test_a_server_that_begins_to_fail_ends_the_fill(ask, capsys, monkeypatch):
+    """However much it answered before: what it fails at would else be wrong for good."""
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    scripts = {f"P{i}": [CALLS, SEVEN] for i in range(9)} | {f"Q{i}": [(503, {})] for i in range(9)}
+    status, out, server = ask(scripts, "--concurrency", "1")
     assert status == 2
-    error = capsys.readouterr().err
-    assert "is left out, for the server answers, but not as a chat-completions server (JSONDecodeError: " in error
-    assert error.endswith("error: 1 examples have no record; run the same command again to ask them anew.\n")
-    assert len(open_cache(out)) == 2
-    status, out, server = ask({"P": [], "Q": [CALLS, SEVEN], "R": []})
-    assert (status, len(open_cache(out)), len(server.asked)) == (0, 3, 2)
+    assert "broke off 3 of 12 conversations" in capsys.readouterr().err
+    cache = open_cache(out)
+    assert (len(cache), cache.rejected, len(server.asked)) == (9, 0, 22)  # one was under way
+
+
+def test_a_cache_speaks_for_its_server(ask, capsys):
+    """One row more that it refuses, or some that need no tool, are no sign of a server that cannot be used."""
+    ask({"P": [CALLS, SEVEN]})
+    more = {"P": [], "Q": [(400, REFUSED)], **{f"R{i}": [SEVEN] for i in range(MANY + 9)}}
+    status, out, _ = ask(more, "--concurrency", "1")
+    cache = open_cache(out)
+    assert (status, len(cache), cache.rejected) == (0, MANY + 10, 1)
+    status, out, _ = ask({**dict.fromkeys(more, []), "S": [(400, REFUSED)]})
+    assert (status, open_cache(out).rejected) == (0, 2)
+
+
+def test_a_call_without_a_name_is_the_teachers_mistake(ask):
+    status, out, _ = ask({"P": [CALLS, SEVEN], "Q": [reply("", ("", "{}"))]})
+    cache = open_cache(out)
+    assert (status, len(cache), cache.rejected) == (0, 1, 1)
 
 
 def test_a_server_without_tools_leaves_no_record(ask, capsys):
@@ -435,7 +470,7 @@ def test_an_interrupt_waits_for_no_answer(ask, capsys, monkeypatch):
             kept.wait()
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             never.wait()
-            raise BrokenOff("long after")
+            raise AssertionError("long after")
         return turn(self, asked, example)
 
     turn, write = Endpoint._reply, teacher.CacheWriter.append
@@ -443,7 +478,7 @@ def test_an_interrupt_waits_for_no_answer(ask, capsys, monkeypatch):
     monkeypatch.setattr(Endpoint, "_reply", interrupt)
     status, out, _ = ask({"P": [CALLS, SEVEN], "Q": []}, "--concurrency", "1")
     assert status == 130
-    assert capsys.readouterr().err.startswith("stopped; what was answered is kept")
+    assert capsys.readouterr().err.startswith("stopped; finished records are kept")
     assert len(open_cache(out)) == 1
     never.set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from lite_mentor import calculators, teacher
 from lite_mentor import facts as room
-from lite_mentor import teacher
 from lite_mentor.errors import UserError
 from lite_mentor.facts import facts_of
-from lite_mentor.tasks import make_example
+from lite_mentor.tasks import load_suite, make_example
 from lite_mentor.teach import Options, fill, record_of
 from lite_mentor.teacher import Manifest, append_to, open_cache, seal
 from lite_mentor.tools import calculator_tools, caller, render_call
@@ -65,9 +66,37 @@ def test_each_fact_is_of_one_thing(code, monkeypatch):
     assert {name for name in after if after[name] != later[name]} == {"judge"}
 
 
+def test_a_tool_in_a_package_that_only_a_finder_of_its_own_knows(tmp_path, monkeypatch):
+    """As of an editable install."""
+    code = tmp_path / "elsewhere.py"
+    code.write_text("1")
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            return importlib.util.spec_from_file_location(name, code) if name == "facts_elsewhere" else None
+
+    tool = parcel(replace(RATE, path="facts_elsewhere:f"))
+    (unknown,) = facts_of([tool]).values()
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
+    (found,) = facts_of([tool]).values()
+    code.write_text("2")
+    (mended,) = facts_of([tool]).values()
+    assert len({facts["code"] for facts in (unknown, found, mended)}) == 3
+
+
+def test_a_calculator_under_another_name_is_still_that_calculator(monkeypatch):
+    example = load_suite("math_varied", split="train", size=1, seed=0)[0]
+    (before,) = facts_of([example]).values()
+    real = room._sha256
+    monkeypatch.setattr(room, "_sha256", lambda file: "mended" if file == calculators.__file__ else real(file))
+    (after,) = facts_of([example]).values()
+    assert {name for name in before if before[name] != after[name]} == {"code"}
+
+
 def test_tools_without_a_file_and_our_own():
-    assert facts_of([parcel(replace(RATE, path="no.such.module:f"))])
-    assert facts_of([parcel(replace(RATE, path="facts_parcels.no:f"))])
+    nowhere = [parcel(replace(RATE, path=path)) for path in ("no.such.module:f", "facts_parcels.no:f")]
+    assert differing(*nowhere) == set()
     first, second, _ = calculator_tools()[:3]
     assert differing(parcel(first), parcel(replace(first, description="sum"))) == {"tools"}
     both = facts_of([parcel(first), parcel(second)]).values()
@@ -86,7 +115,7 @@ class Filling:
     def __call__(self, *examples):
         run = caller(lambda path, arguments: ("ok", self.result))
 
-        def ask(todo):
+        def ask(todo, _):
             for example in todo:
                 self.asked += 1
                 call = run(render_call("rate", {"kg": 3}), example, ())

@@ -190,7 +190,8 @@ def test_rows_that_contradict_each_other_are_all_set_aside(read, quarantined):
 
 def test_the_same_question_with_other_tools_or_in_another_order_is_another_example(read):
     rows = [{**GOOD, "tools": tools} for tools in (["add"], ["add", "multiply"], ["multiply", "add"])]
-    assert len(read([*rows, {**GOOD, "answer": 12, "tools": ["sqrt"]}])) == 4
+    rows.append({**GOOD, "answer": 12, "tools": ["sqrt"]})
+    assert len(read(rows)) == len(read(rows[::-1])) == 4
 
 
 def test_more_than_five_percent_bad_rows_stop_the_run(read, quarantined):

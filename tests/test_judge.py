@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from lite_mentor import judge
 from lite_mentor.calculators import number_text
 from lite_mentor.errors import UserError
-from lite_mentor.judge import boxed, is_correct
-from lite_mentor.quantities import Quantity, read, same_quantity
+from lite_mentor.judge import MAX_ANSWER_CHARS, boxed, is_correct
+from lite_mentor.quantities import MAX_CHARS, Quantity, read, same_quantity
 from lite_mentor.units import CARDINALS, SCALES
 
 HOSTILE = "9^{9^{9^9}}"
@@ -75,10 +75,16 @@ def test_boxed_is_linear():
     assert boxed("\\boxed{" * million + "7" + "}" * million) == "7"
 
 
-@pytest.mark.parametrize("piece", [" ", "~", "\\;", "\t", "$", "1,"])
-def test_a_long_accepted_answer_takes_no_time(piece):
-    """With a cubic pattern these would take hours."""
-    assert not is_correct("7", (f"5{piece * 20_000}5",), "math")
+@pytest.mark.parametrize(
+    "piece", [" ", "~", "\\;", "\t", "$", "1,", "1 ", "-", "+ ", "\\text{", "(the ", "1 km ", "a-", "1/", "="]
+)
+def test_a_long_answer_takes_no_time(piece):
+    """With a cubic pattern these would take minutes."""
+    for checker in ("math", "text"):
+        answer, accepted = ((f"+{piece * n}"[: n - 1] + "5") for n in (MAX_ANSWER_CHARS, MAX_CHARS))
+        for _ in range(50):
+            is_correct(answer, ("7", accepted), checker)
+        assert not is_correct(answer, ("7",), checker)
 
 
 @given(st.text(alphabet="{}\\boxed a5", max_size=60))
@@ -223,7 +229,7 @@ def test_two_different_numbers(answer, accepted, no_worker):
         ("\\frac12", "0.5"),
         ("-\\frac{3}{4}", "-0.75"),
         ("\\frac{-3}{4}", "-0.75"),
-        ("\\frac{1,000}{16}", "62.5"),
+        ("\\frac{1,001}{16}", "62.5625"),
         ("1 1/2", "1.5"),
         ("1\\frac{1}{2}", "1.5"),
         ("-1 1/2", "-1.5"),
@@ -299,6 +305,21 @@ def test_a_copied_question_is_never_right(a, b, operator, space):
     values = {"+": a + b, "-": a - b, "*": a * b, "×": a * b, "/": a}
     question = f"{a * b if operator == '/' else a}{space}{operator}{space}{b}"
     assert not is_correct(question, (str(values[operator]),), "math")
+
+
+@pytest.mark.parametrize(
+    ("question", "accepted", "answer", "right"),
+    [
+        ("How many minutes are 3 hours?", "180 minutes", "3 hours", False),
+        ("How many minutes are 3 hours?", "180 minutes", "180", True),
+        ("What are 5000 m and 1 km together?", "6 km", "6000 m", True),
+        ("What is 50% as a decimal?", "0.5", "50%", False),
+        ("What is half of 1?", "0.5", "50%", True),
+        ("Is it 12 or 13?", "12", "12", True),
+    ],
+)
+def test_what_has_to_be_converted_first_is_not_copied_from_the_question(question, accepted, answer, right):
+    assert is_correct(answer, (accepted,), "math", question) is right
 
 
 def test_any_accepted_answer_will_do(no_worker):

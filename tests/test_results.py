@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import asyncio
 import collections
 import datetime
 import enum
@@ -138,6 +139,14 @@ async def later(value):
     return value
 
 
+async def loop_of():
+    return asyncio.get_running_loop()
+
+
+async def cancelled():
+    raise asyncio.CancelledError
+
+
 async def several(count):
     for i in range(count):
         yield i
@@ -153,5 +162,8 @@ def test_what_is_still_to_come_is_waited_for_but_not_for_ever():
     for endless in (itertools.count(), several(10**9)):
         with pytest.raises(ToolError, match=f"yields more than {MAX_YIELDED} values"):
             finished(endless)
+    assert finished(loop_of()) is finished(loop_of())  # where a client that is kept between calls goes on
+    with pytest.raises(ToolError, match="cancelled"):
+        finished(cancelled())
     with pytest.raises(ToolError, match="StringIO"):
         result_text(finished(io.StringIO("a file")))

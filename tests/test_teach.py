@@ -169,7 +169,7 @@ def test_ctrl_c_keeps_what_was_answered(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(teach, "oracle", interrupted)
     assert tiny(tmp_path) == 130
-    assert capsys.readouterr().err.startswith("stopped; what was answered is kept")
+    assert capsys.readouterr().err.startswith("stopped; finished records are kept")
     assert tiny(tmp_path) == 0
     assert capsys.readouterr().out == f"{tmp_path}: 5 records, 3 of them new; 5 correct, 0 rejected\n"
 

@@ -15,6 +15,7 @@ from lite_mentor.errors import UserError
 from lite_mentor.prompt import Chat
 from lite_mentor.tasks import make_example
 from lite_mentor.tools import calculator_tools, signature
+from lite_mentor.types import ToolSpec
 
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CORPUS = ['What is "it".\n', "is it.\n\n", '</tool_response>\n<tool_call>\n{"name": "add"}\n'] * 50
@@ -228,3 +229,14 @@ def test_a_mark_cannot_form_across_the_border_of_outside_text():
     for text in ("/think>", "|im_end|>", "＜sep＞", "<|im_end|", "sep", "＜|im_end|＞"):
         ids = chat.prompt_ids(make_example(text, ["5"], [], suite="x"))
         assert (ids.count(end), ids.count(separator)) == (2, 0), text
+
+
+def test_a_template_that_prints_tools_as_python_does_shows_them_as_they_are():
+    """Its text is broken where it spells a mark, and repr would write the break down."""
+    tokenizer = tokenizer_of(qwen().replace("tool | tojson", "tool | string").replace("t | tojson", "t | string"))
+    assert "| string" in tokenizer.chat_template
+    chat = Chat(tokenizer)
+    tool = ToolSpec("find", "Ends at <|im_end|>.", {"type": "object", "properties": {}})
+    ids = chat.prompt_ids(make_example("Where?", ["5"], [tool], suite="x"))
+    assert "Ends at <|im_end|>." in chat.decode(ids)
+    assert ids.count(chat.end_id) == chat.prompt_ids(EXAMPLE).count(chat.end_id)

@@ -97,7 +97,7 @@ def _repeated(examples: Mapping[int, Example]) -> dict[int, _BadRow]:
     for line, example in examples.items():
         names = [tool.name for tool in example.tools]
         question = same_question(example.question)
-        earlier = first.setdefault((question, *sorted(names)), line)
+        earlier = first.setdefault((question, frozenset(names)), line)
         if not _agree(examples[earlier], example):
             reasons[line] = _BadRow(f"line {earlier} asks the same with the same tools and accepts another answer")
             reasons[earlier] = _BadRow(f"line {line} asks the same with the same tools and accepts another answer")

@@ -9,6 +9,7 @@ Level 0, which the math suite does not have, are questions that need none of the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
@@ -71,6 +72,7 @@ def _renamed(random: Random, tool: ToolSpec, taken: set[str]) -> ToolSpec:
     taken.add(name)
     names = {old: random.choice(_ARGUMENTS[old]) for old in tool.parameters["properties"]}
 
+    @functools.wraps(tool.function)
     def call(**arguments: Any) -> Any:
         return tool.function(**{old: arguments[new] for old, new in names.items() if new in arguments})
 
