@@ -21,6 +21,7 @@ def test_arms_share_a_cold_start_and_are_run_once(tmp_path, capsys, monkeypatch)
     monkeypatch.setenv("LITE_MENTOR_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "arms"
     command = ["arms", *FLAGS, "--out", str(out), "--arms", "base", "sft", "sparse", "--seeds", "0"]
+    command += ["--beta", "0.01"]
     assert bench_main(command) == 0
     found = json.loads((out / "arms.json").read_text())["arms"]
     assert [r["arm"] for r in found] == ["base", "cold", "sft", "sparse"]
@@ -30,6 +31,8 @@ def test_arms_share_a_cold_start_and_are_run_once(tmp_path, capsys, monkeypatch)
     assert all(r["tokens_trained"] > 0 for r in found[1:3])
     configs = {a: json.loads((out / f"seed-0/{a}/config.json").read_text()) for a in ("cold", "sft", "sparse")}
     assert configs["sparse"]["reward"] == "sparse"
+    steps = [json.loads(line) for line in (out / "seed-0/sparse/metrics.jsonl").read_text().splitlines()]
+    assert [row["kl"] for row in steps[:1]] == [pytest.approx(0, abs=1e-5)]  # to the student that the arms begin with
     for row in found:
         steps = [json.loads(line) for line in (out / f"seed-0/{row['arm']}/metrics.jsonl").read_text().splitlines()]
         assert row["seconds"] == sum(step["time/step"] for step in steps)

@@ -426,7 +426,7 @@ def test_a_cache_speaks_for_its_server(ask, capsys):
     status, out, _ = ask(more, "--concurrency", "1")
     cache = open_cache(out)
     assert (status, len(cache), cache.rejected) == (0, MANY + 10, 1)
-    status, out, _ = ask({**dict.fromkeys(more, []), "S": [(400, REFUSED)]})
+    status, out, _ = ask({question: [] for question in more} | {"S": [(400, REFUSED)]})
     assert (status, open_cache(out).rejected) == (0, 2)
 
 
