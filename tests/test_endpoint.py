@@ -457,6 +457,15 @@ def test_a_few_answers_without_calls_are_kept_and_said(ask, capsys):
     assert capsys.readouterr().err == "none of the 2 correct records calls a tool: a student learns to call none\n"
 
 
+@pytest.fixture
+def hears_interrupts():
+    """Also where the tests run in a job that a shell started with `&`, which is deaf to SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_interrupts")
 def test_an_interrupt_waits_for_no_answer(ask, capsys, monkeypatch):
     """The second question's answer never comes: what was answered is kept, and nobody waits."""
     kept, never = threading.Event(), threading.Event()
