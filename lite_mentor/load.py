@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -153,13 +152,15 @@ def _read(folder: Path, name: str, quant: str, device: str, dtype: torch.dtype):
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # broken files, and a model's own code, may fail in any way
         if isinstance(error, KeyError) and error.args == (attention.NAME,):
             raise UserError(
                 f"--student {name}: the code of this kind of model has no place for another attention than its own; "
                 "choose a Llama, Qwen2, Qwen3 or Gemma3 model."
             ) from error
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
             f"--student {name} cannot be loaded from {folder} ({reason}); it must hold config.json, tokenizer.json "
             "and model.safetensors of a causal language model."

@@ -79,14 +79,14 @@ FAMILIES = [
     ("youtu", LATENT, "none", SHAPES),
     ("deepseek_v3", LATENT | dict(first_k_dense_replace=2), "none", SHAPES),
     ("phi", {}, "none", BIAS),
-    ("gptj", dict(rotary_dim=4), "none", BIAS),
+    ("gptj", dict(rotary_dim=4), "none", f"{BIAS}|{NO_PLACE}"),
     ("falcon", {}, "none", NO_PLACE),
     ("gpt_neo", dict(num_layers=2, attention_types=[[["global", "local"], 1]]), "none", NO_PLACE),
     ("bloom", {}, "none", NOT_OURS),
     ("xlstm", dict(num_heads=2), "none", NOT_OURS),
     ("mpt", dict(d_model=32, n_heads=4, n_layers=2), "none", OTHERS_CODE % "AttributeError"),
     ("phimoe", EXPERTS, "none", OTHERS_CODE % "AttributeError"),
-    ("zamba2", dict(num_hidden_layers=4, layer_types=["mamba", "hybrid"] * 2), "none", OTHERS_CODE % "KeyError"),
+    ("zamba2", dict(num_hidden_layers=4, layers_block_type=["mamba", "hybrid"] * 2), "none", TWICE),
     ("recurrent_gemma", dict(num_hidden_layers=3, head_dim=8, lru_width=32), "none", "does not reproduce"),
 ]  # fmt: skip
 
