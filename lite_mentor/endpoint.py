@@ -47,7 +47,7 @@ class _Refused(Exception):
 
 
 class _Failed(_Refused):
-    """It would, and cannot: it failed in all tries, or twice gave no chat completion."""
+    """It could not, or does not permit it: this conversation's doing where it answers others, and else its own."""
 
     failed = True
 
@@ -125,6 +125,12 @@ class Endpoint:
         yield from held.rest()
         if failures:
             raise failures[0]
+        if held.failed:
+            raise UserError(
+                f"{len(held.failed)} examples have no record, for the endpoint {self.options.base_url} failed at them "
+                f"and then answered no other; the last: {held.last}. Run the same command again; take a row out of the "
+                "file at which it fails each time."
+            )
 
     def ask(self, example: Example) -> TeacherRecord:
         """One conversation, until the teacher answers without a call. Raises UserError, and BrokenOff."""
@@ -209,6 +215,8 @@ class Endpoint:
         except self.openai.OpenAIError as error:
             if getattr(error, "status_code", None) in REFUSALS:
                 raise _Refused(f"the server refused its next turn: {_words_of(error)}") from error
+            if isinstance(error, self.openai.PermissionDeniedError):  # of a filter, where others are answered
+                raise _Failed(f"the server does not permit it: {_words_of(error)}") from error
             if isinstance(error, self.openai.InternalServerError):
                 raise _Failed(f"the server failed in all {RETRIES + 1} tries: {_words_of(error)}") from error
             raise UserError(
@@ -238,8 +246,10 @@ class _Held:
 
     def __init__(self, url: str, *, proven: bool):
         self.url, self.last, self.proven = url, "", proven
-        self.passed = self.broken = self.called = self.silent = self.failed_in_a_row = 0
+        self.passed = self.broken = self.called = self.silent = 0
         self._records: list[TeacherRecord] = []
+        self.failed: list[TeacherRecord] = []
+        """Of conversations that it failed at since it last answered one: until it does, it may be down."""
 
     def take(self, outcome: TeacherRecord | BrokenOff) -> list[TeacherRecord]:
         """One conversation's end -> the records that may be kept from now on."""
@@ -250,18 +260,22 @@ class _Held:
         self.passed += not broke
         self.called += called
         self.silent += not broke and not called
-        self.failed_in_a_row = self.failed_in_a_row + 1 if broke and outcome.failed else 0
         if broke:
             self.last = str(outcome)
             print(self.last, file=sys.stderr)
+            if outcome.failed:
+                self.failed.append(record)
+                return []
+        else:
+            self._records += self.failed
+            self.failed = []
         if called and not broke:
             return [record, *self._trusted()]
         self._records.append(record)
         return self._trusted()
 
     def _trusted(self) -> list[TeacherRecord]:
-        sound = (self.called or self.proven) and self.broken <= self.passed and not self.failed_in_a_row
-        return self.rest() if sound else []
+        return self.rest() if (self.called or self.proven) and self.broken <= self.passed else []
 
     def rest(self) -> list[TeacherRecord]:
         """What was kept back."""
@@ -272,7 +286,7 @@ class _Held:
         """What is wrong with the server, where more is than those `under_way` could outweigh by ending well."""
         others = self.passed + under_way
         few = self.broken < FEW and (others or self.proven)
-        if self.failed_in_a_row >= FAILED or (self.broken > others and not few):
+        if len(self.failed) >= FAILED or (self.broken > others and not few):
             why = f"broke off {self.broken} of {self.broken + self.passed} conversations; the last: {self.last}. "
         elif not self.called and not self.proven and self.silent >= MANY + under_way:
             why = (

@@ -392,7 +392,14 @@ def test_refusals_come_sooner_than_answers(ask):
     assert held.fault(under_way=FEW + 1).args[0].startswith("The endpoint url broke off 7 of 7")
 
 
-@pytest.mark.parametrize("failure", [(200, b"{"), (500, {"error": {"message": "cannot parse the call"}})])
+FAILURES = [
+    (200, b"{"),
+    (500, {"error": {"message": "cannot parse the call"}}),
+    (403, {"error": {"message": "flagged"}}),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
 def test_what_fails_each_time_costs_one_example(ask, capsys, monkeypatch, failure):
     monkeypatch.setattr(endpoint, "RETRIES", 1)
     scripts = {"P": [CALLS, SEVEN], "Q": [CALLS, failure, failure], "R": [CALLS, SEVEN]}
@@ -417,6 +424,17 @@ def test_a_server_that_begins_to_fail_ends_the_fill(ask, capsys, monkeypatch):
     assert "broke off 3 of 12 conversations" in capsys.readouterr().err
     cache = open_cache(out)
     assert (len(cache), cache.rejected, len(server.asked)) == (9, 0, 22)  # one was under way
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_server_that_is_down_leaves_no_record_of_a_row_that_was_added(ask, capsys, monkeypatch, failure):
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    ask({"P": [CALLS, SEVEN]})
+    status, out, _ = ask({"P": [], "Q": [failure, failure]})
+    assert (status, open_cache(out).rejected) == (2, 0)
+    assert "1 examples have no record, for the endpoint http" in capsys.readouterr().err
+    status, out, _ = ask({"P": [], "Q": [CALLS, SEVEN]})
+    assert (status, len(open_cache(out))) == (0, 2)
 
 
 def test_a_cache_speaks_for_its_server(ask, capsys):
