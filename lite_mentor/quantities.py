@@ -215,7 +215,7 @@ def _compound(text: str) -> Quantity | None:
 
 def _is_unfinished(above: str, below: str, value: Fraction) -> bool:
     numerator, denominator = _decimal(above), abs(_decimal(below))
-    if numerator < denominator < 13 and numerator.denominator == denominator.denominator == 1:
+    if 0 < numerator < denominator < 13 and numerator.denominator == denominator.denominator == 1:
         return False  # 3/4 million, 2 1/2 dozen, 2/4
     return value.denominator == 1 or denominator != (numerator / denominator).denominator
 
