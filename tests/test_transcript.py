@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
@@ -11,6 +10,7 @@ from lite_mentor.prompt import parse_turn
 from lite_mentor.tasks import make_example
 from lite_mentor.tools import calculator_tools, run_call
 from lite_mentor.transcript import calls_in, flaw, record_of, request, with_calls
+from tests.linear_time import is_linear
 
 TOOLS = [tool for tool in calculator_tools() if tool.name in ("add", "multiply")]
 ADD, ONE = '{"name": "add", "arguments": {"a": 1, "b": 2}}', '{"name": "add", "arguments": {"a": 1}}'
@@ -64,14 +64,7 @@ def test_calls_that_stand_in_the_text(text, rest, raws):
 
 @pytest.mark.parametrize("piece", ["[", "<tool_call>{", "<think><tool_call>", "```", '{"name":"add","arguments":', " "])
 def test_any_text_is_read_in_linear_time(piece):
-    def seconds(length):
-        text = piece * (length // len(piece))
-        start = time.process_time()
-        calls_in(text, TOOLS)
-        flaw(EXAMPLE, [said(text)], [])
-        return time.process_time() - start
-
-    assert seconds(400_000) < 20 * seconds(50_000) + 0.1  # eight times as long; squared it would be 64 times
+    assert is_linear(lambda text: (calls_in(text, TOOLS), flaw(EXAMPLE, [said(text)], [])), piece)
 
 
 EXAMPLE = make_example("What is 1 + 2?", ["3"], TOOLS, suite="made")
