@@ -103,10 +103,10 @@ ROWS = 200
 
 
 def peaked_case(dtype: torch.dtype, **options) -> HeadCase:
-    """From rows that are sure to rows undecided between 17 tiles. The sure share four tiles; half have their target."""
-    case = head_case("", dtype, N=ROWS, V=16 * STATISTICS_TILE + 37, H=40, seed=3, **options)
+    """From rows that are sure to rows undecided between 11 tiles. The sure share four tiles; half have their target."""
+    case = head_case("", dtype, N=ROWS, V=10 * STATISTICS_TILE + 37, H=40, seed=3, **options)
     make = torch.Generator().manual_seed(4)
-    tile_N = torch.tensor([0, 3, 4, 15])[torch.randint(0, 4, (ROWS,), generator=make)]
+    tile_N = torch.tensor([0, 3, 4, 9])[torch.randint(0, 4, (ROWS,), generator=make)]
     topic_N = tile_N * STATISTICS_TILE + torch.randint(0, STATISTICS_TILE, (ROWS,), generator=make)
     hidden_NH = case.weight_VH[topic_N] * torch.linspace(60, 4, ROWS)[:, None].to(dtype)
     targets_N = torch.where(torch.arange(ROWS) % 2 == 0, topic_N, case.targets_N)
@@ -247,7 +247,7 @@ def test_the_rest_of_the_head_is_not_read(kernel_device, recorded):
     want_NH, *_ = gradient(case, kernel_device, ones, 0 * ones, 0.1)
     (call,) = recorded
     unread_T = ~call.kept_RT().any(0)
-    assert int(unread_T.sum()) > 10
+    assert int(unread_T.sum()) > 6
     at_scoring = MODULE.score_chunk
 
     def spoil(hidden_RH, targets_R, head, *rest):

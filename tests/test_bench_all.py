@@ -77,7 +77,7 @@ def test_a_stage_that_fails_or_hangs_costs_itself_alone(tmp_path, in_the_backgro
 def test_the_budget_is_kept_and_what_does_not_fit_is_said(tmp_path):
     begin = time.monotonic()
     found = run(tmp_path, [stage("long", HANGS), stage("late", "print('never')")], seconds=6)
-    assert time.monotonic() - begin < 9
+    assert time.monotonic() - begin < 30  # of the 60 that it would hang
     assert found["long"]["status"] == "stopped after 6 s"
     assert found["late"]["status"] == "no time"
     assert not (tmp_path / "work" / "late.txt").exists()
@@ -125,11 +125,11 @@ def test_what_runs_ends_with_the_programme(tmp_path):
 def test_the_whole_programme_in_small_keeps_its_budget(tmp_path):
     """How much of it ends well depends on what else runs here; the first stage does, and all are accounted for."""
     begin = time.monotonic()
-    command = [sys.executable, "-m", "bench", "all", "--small", "--seconds", "35", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "bench", "all", "--small", "--seconds", "18", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "LITE_MENTOR_CACHE": str(tmp_path / "cache")}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert time.monotonic() - begin < 45
+    assert time.monotonic() - begin < 30
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["stages"]
     assert [row["stage"] for row in rows] == ["facts", "kernels", "micro", "step", "rollout"], ended.stderr
     assert rows[0]["status"] == 0

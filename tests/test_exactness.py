@@ -21,9 +21,11 @@ RESULT = [300, 301, 302]
 
 
 @pytest.fixture(scope="module")
-def student():
+def student(tmp_path_factory):
+    """Two layers, and two query heads that share a KV head: the interpreter runs every program of every layer."""
     torch.manual_seed(0)
-    student = load_student("tiny", quant="none", dtype="fp32", lora_rank=4, lora_alpha=8)
+    sizes = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    student = load(tiny_student(tmp_path_factory.mktemp("student"), **sizes))
     for parameter in student.trainable():  # fresh adapters add nothing; these do
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
     student.refresh_rollout_weights()
@@ -39,9 +41,13 @@ def plain_logits(student, ids: list[int]) -> torch.Tensor:
     return logits
 
 
+def load(folder, device: str = "cpu"):
+    return load_student(str(folder), quant="none", dtype="fp32", lora_rank=4, lora_alpha=8, device=device)
+
+
 def twin_on(device: str, student):
     """The same student on another device."""
-    twin = load_student("tiny", quant="none", dtype="fp32", lora_rank=4, lora_alpha=8, device=device)
+    twin = load(student.name, device)
     twin.load_adapter_state({name: t.to(device) for name, t in student.adapter_state().items()})
     return twin
 

@@ -223,7 +223,7 @@ def test_against_plain_python(reward, advantage):
     check_advantage(group_advantage, random_episodes(3, tools=130), RewardConfig(reward, advantage), words=3)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     seed=st.integers(0, 10_000),
     reward=st.sampled_from(REWARDS),
