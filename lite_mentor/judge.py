@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from lite_mentor.errors import UserError
-from lite_mentor.quantities import MAX_CHARS, Quantity, close, plain, read, same_quantity, tidy
+from lite_mentor.quantities import MAX_CHARS, Quantity, close, plain, read, same_quantity, stands_in, tidy
 from lite_mentor.sandbox import Worker, find_way
 from lite_mentor.tools import played
 from lite_mentor.types import Example, ToolCall
@@ -82,8 +82,8 @@ def is_correct(answer: str | None, gold: tuple[str, ...], checker: Literal["math
     math: by what was accepted.
     - A number is compared exactly, but for what tools round off (see quantities.close). It is one number and nothing
       else: who may write 95*66 or 144/2 for its result needs no tools. (3/4 is a number.) What only one side says, a
-      unit, a noun or a name, is dropped; what both say must agree: 5 m is not 5 km, 5000 m is. But what has to be
-      converted first, and stands so in the question, is no answer to it.
+      unit, a noun or a name, is dropped; what both say must agree: 5 m is not 5 km, 5000 m is. But what stands in the
+      question and still has to be converted or divided is no answer to it.
     - Words are compared as text.
     - Anything else is right if math-verify says so within its limits.
 
@@ -141,7 +141,7 @@ def _words(text: str) -> list[str]:
     text = plain(text).casefold()
     for pattern, replacement in _READINGS:
         text = pattern.sub(replacement, text)
-    pieces = list(_PIECE.finditer(text))
+    pieces = list(_PIECE.finditer(text.strip()))
     kept = [piece[0].strip() for piece in pieces if piece["kept"] or piece[0] not in _PUNCTUATION]
     return kept or [piece[0] for piece in pieces]
 
@@ -164,8 +164,9 @@ def _same_mathematics(answer: str, accepted: str, question: str) -> bool:
         found = read(answer)
         if same_spelling or found is None:
             return same_spelling
-        copied = not close(found.value, expected.value, rounded=found.rounded) and plain(answer) in plain(question)
-        return same_quantity(found, expected) and not copied
+        left_to_do = found.quotient and not expected.quotient
+        other = left_to_do or not close(found.value, expected.value, rounded=found.rounded)
+        return same_quantity(found, expected) and not (other and stands_in(answer, question))
     if _is_words(accepted):
         return _same_text(answer, accepted)
     return same_spelling or _same_formula(tidy(answer), tidy(accepted))

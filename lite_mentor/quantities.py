@@ -173,7 +173,7 @@ def read(text: str) -> Quantity | None:
     sides = [_COUNTED.sub("", side) for side in left.split("=")]
     if _MORE_THAN_A_NAME.search(left) or any(_LETTER.search(side) and _OPERATION.search(side) for side in sides):
         return None
-    text = _LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", _without_brackets(text)).strip()
+    text = _LATEX_FRACTION.sub(_with_a_slash, _without_brackets(text)).strip()
     if compound := _compound(text):
         return compound
     match = _NUMBER.match(text)
@@ -215,9 +215,20 @@ def _compound(text: str) -> Quantity | None:
 
 def _is_unfinished(above: str, below: str, value: Fraction) -> bool:
     numerator, denominator = _decimal(above), abs(_decimal(below))
-    if 0 < numerator < denominator < 13 and numerator.denominator == denominator.denominator == 1:
-        return False  # 3/4 million, 2 1/2 dozen, 2/4
+    if 0 < numerator < denominator <= 100 and numerator.denominator == denominator.denominator == 1:
+        return False  # 3/4 million, 2 1/2 dozen, 12/24
     return value.denominator == 1 or denominator != (numerator / denominator).denominator
+
+
+def stands_in(text: str, question: str) -> bool:
+    """Is `text` written in the question, however spaces and fractions are written there?"""
+    written, question = (_LATEX_FRACTION.sub(_with_a_slash, plain(part)) for part in (text, question))
+    pieces = r"\s*".join(re.escape(piece) for piece in re.findall(r"\w+|\S", written))
+    return bool(pieces) and re.search(rf"(?<![\w.]){pieces}(?!\w|\.\d)", question) is not None
+
+
+def _with_a_slash(fraction: re.Match[str]) -> str:
+    return f" {fraction[1] or fraction[2]}/{fraction[3] or fraction[4]}"
 
 
 def _without_brackets(text: str) -> str:
