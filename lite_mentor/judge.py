@@ -164,9 +164,9 @@ def _same_mathematics(answer: str, accepted: str, question: str) -> bool:
         found = read(answer)
         if same_spelling or found is None:
             return same_spelling
-        left_to_do = found.quotient and not expected.quotient
-        other = left_to_do or not close(found.value, expected.value, rounded=found.rounded)
-        return same_quantity(found, expected) and not (other and stands_in(answer, question))
+        to_divide = found.quotient and not expected.quotient
+        to_convert = not close(found.value, expected.value, rounded=found.rounded)
+        return same_quantity(found, expected) and not ((to_divide or to_convert) and stands_in(answer, question))
     if _is_words(accepted):
         return _same_text(answer, accepted)
     return same_spelling or _same_formula(tidy(answer), tidy(accepted))
