@@ -32,18 +32,18 @@ from lite_mentor.judge import is_right
 from lite_mentor.load import load_student
 from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.rollout import Limits, limits_of, messages_of, roll_out
-from lite_mentor.sandbox import open_sandbox
+from lite_mentor.sandbox import Sandbox, open_sandbox
 from lite_mentor.statistics import bootstrap_mean, compare, pass_at_k, tool_statistics, wilson
 from lite_mentor.student import Student
-from lite_mentor.tasks import bfcl, load_suite, load_task
+from lite_mentor.tasks import Describe, bfcl, load_suite, load_task
 from lite_mentor.tools import RunCall, caller, run_call
 from lite_mentor.types import Example, Rollout
 
 
-def suites(config: Config, note: Callable[[str], None] | None = None) -> dict[str, list[Example]]:
+def suites(config: Config, describe: Describe, note: Callable[[str], None] | None = None) -> dict[str, list[Example]]:
     """The held-out examples of a run, whatever its seed. A file too small to hold any out has fewer suites.
 
-    `note` is told how many of a file's are not used.
+    `describe` tells what a file's own tools are; `note` is told how many of its examples are not used.
     """
     out = {}
     for name in config.eval_suites:
@@ -51,7 +51,7 @@ def suites(config: Config, note: Callable[[str], None] | None = None) -> dict[st
         if name in ("validation", "test"):
             out[name] = load_task(
                 config.task, split=name, size=size, seed=0, levels=config.levels,
-                quarantine=Path(config.out) / "quarantine.jsonl", note=note,
+                quarantine=Path(config.out) / "quarantine.jsonl", describe=describe, note=note,
             )  # fmt: skip
         else:
             out[name] = load_suite(name, split="test", size=size, seed=0)
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with open_sandbox(options.sandbox) as sandbox:
             if sandbox.way == "limits only":
                 print(sandbox.note, file=sys.stderr)
-            _evaluate_all(options, config, engine, student, caller(sandbox.call))
+            _evaluate_all(options, config, engine, student, sandbox)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -188,7 +188,7 @@ def _config(options: Options) -> Config:
     return replace(config, eval_suites=options.suites, eval_size=options.size, max_prompt_tokens=longest)
 
 
-def _evaluate_all(options: Options, config: Config, engine: Engine, student: Student, run_call: RunCall) -> None:
+def _evaluate_all(options: Options, config: Config, engine: Engine, student: Student, sandbox: Sandbox) -> None:
     """Each adapter on each suite; a line of evaluate.jsonl that is the same evaluation stands for it."""
     file, limits = options.folder / "evaluate.jsonl", limits_of(config)
     done = _results(file)
@@ -196,7 +196,7 @@ def _evaluate_all(options: Options, config: Config, engine: Engine, student: Stu
     chat = Chat(student.tokenizer, config.date or next((row["date"] for row in done if "date" in row), ""))
     untrained = {name: tensor.clone() for name, tensor in student.adapter_state().items()}
     temperature = options.temperature if options.samples > 1 else 0.0
-    held_out = suites(config, partial(print, file=sys.stderr))
+    held_out = suites(config, sandbox.describe, partial(print, file=sys.stderr))
     first: dict[str, dict] = {}
     for adapter in options.adapters or (("none",) if options.student else ("cold_start", "adapter")):
         if adapter == "none":
@@ -214,7 +214,7 @@ def _evaluate_all(options: Options, config: Config, engine: Engine, student: Stu
             result = next((row for row in done if identity.items() <= row.items()), None)
             if result is None:
                 found, _ = evaluate(
-                    engine, chat, examples, limits=limits, run_call=run_call, samples=options.samples,
+                    engine, chat, examples, limits=limits, run_call=caller(sandbox.call), samples=options.samples,
                     temperature=temperature,
                 )  # fmt: skip
                 result = {**identity, **found}

@@ -1,11 +1,17 @@
 """Starts a worker in Linux namespaces: no network, few files and those read-only, no processes but its own.
 
-Bubblewrap does it where it is installed; else this file, run as a program, asks the kernel itself. Both give the worker
-the same view: the system's programs and libraries, this Python, the current folder and the folders of sys.path, each
-under its own name and read-only; a private /tmp of at most 256 MiB, in which it starts; nothing else: no home folder.
-Where the current folder or one of sys.path contains the home folder, only the Python modules in it are shown.
+This file, run as a program, asks the kernel for them; where that is refused, bubblewrap may be allowed to. Both give
+the worker the same view: the system's programs and libraries, this Python, the current folder and the folders of
+sys.path, each under its own name and read-only; a private /tmp of at most 256 MiB, in which it starts; nothing else: no
+home folder. Where the current folder or one of sys.path contains the home folder, only the Python modules in it are
+shown.
 
-The worker is the user `nobody` of its own namespaces, without capabilities.
+Read-only does not keep anyone from talking to a Unix socket, writing into a pipe or locking a file that lies in a
+folder. So folders that are not the system's are shown through an overlay, in which these are others than outside;
+bubblewrap shows the folders themselves.
+
+The worker is the user `nobody` of its own namespaces, without capabilities and keys, and their first process: no other
+one there can signal it or look into it, and all end with it.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ import shutil
 import socket
 import struct
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -35,10 +42,11 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"
 def command(way: Way, module: str) -> list[str]:
     """The command that runs `python -m module` in the way named."""
     start = [sys.executable, "-m", module]
+    itself = [sys.executable, "-I", "-S", __file__]
     if way == "bubblewrap":
-        return ["bwrap", *_bubblewrap_flags(), "--", "prlimit", f"--nproc={PROCESSES}", *start]
+        return ["bwrap", *_bubblewrap_flags(), "--as-pid-1", "--", *itself, "confine", "--", *start]
     if way == "user namespaces":
-        return [sys.executable, "-I", "-S", __file__, *visible(), "--", *start]
+        return [*itself, "isolate", *visible(), "--", *start]
     return start
 
 
@@ -84,6 +92,23 @@ def look(namespace: str, folder: str, abstract_socket: str) -> str:
     return ", ".join(found)
 
 
+def exposed(devices: Mapping[str, int]) -> str:
+    """Called in a worker: which of these folders it sees themselves, and not through an overlay.
+
+    With each is its device (st_dev) for the trainer; an overlay is a device of its own.
+    """
+    return ", ".join(folder for folder, device in devices.items() if os.stat(folder).st_dev == device)
+
+
+def devices() -> dict[str, int]:
+    """The visible folders that are not the system's, with their devices."""
+    return {path: os.stat(path).st_dev for path in visible() if _overlays(path)}
+
+
+def _overlays(path: str) -> bool:
+    return os.path.isdir(path) and path not in _SYSTEM
+
+
 def visible() -> list[str]:
     """The files and folders that a worker needs, none beneath another."""
     real = os.path.dirname(os.path.dirname(os.path.realpath(sys.executable)))
@@ -125,23 +150,30 @@ _BIND, _RECURSIVE, _PRIVATE, _NOSUID_NODEV_NOEXEC = 0x1000, 0x4000, 0x40000, 0x2
 _READ_ONLY, _NO_SETUID = 0x1, 0x2  # attributes of mount_setattr
 _NR_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _NR_MOUNT_SETATTR = 442  # on every architecture
+_KEYS = {"x86_64": (0xC000003E, (248, 249, 250)), "aarch64": (0xC00000B7, (217, 218, 219))}
+"""What seccomp calls the architecture, and the numbers of add_key, request_key and keyctl there."""
+_NOTHING = ".nothing"
 _ROOT = "/sys"  # always there, and nothing in it is shown: the new root is put together on top of it
 
 
-def main(arguments: list[str]) -> None:
-    """FOLDER ... -- COMMAND ...: run the command where it sees these folders alone. Ends when the command ends."""
+def main(how: str, *arguments: str) -> None:
+    """isolate FOLDER ... -- COMMAND ...: run the command in new namespaces, where it sees these folders alone.
+
+    confine -- COMMAND ...: run it in those that there are. Both limit it as far as namespaces do not.
+    """
     split = arguments.index("--")
-    maps = {"setgroups": "deny", "uid_map": f"{_NOBODY} {os.getuid()} 1", "gid_map": f"{_NOBODY} {os.getgid()} 1"}
+    if how == "isolate":
+        maps = {"setgroups": "deny", "uid_map": f"{_NOBODY} {os.getuid()} 1", "gid_map": f"{_NOBODY} {os.getgid()} 1"}
+        _libc("unshare", _USER | _MOUNTS | _PROCESSES | _NETWORK | _IPC | _HOSTNAME)
+        for name, text in maps.items():
+            Path("/proc/self", name).write_text(text)
+        _leave_to_child()
+        _build_root(arguments[:split])
     import resource  # here, for Windows has none
 
-    _libc("unshare", _USER | _MOUNTS | _PROCESSES | _NETWORK | _IPC | _HOSTNAME)
-    for name, text in maps.items():
-        Path("/proc/self", name).write_text(text)
     resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))  # counts this namespace alone; root is exempt
-    _leave_to_child()
-    _build_root(arguments[:split])
-    _leave_to_child()  # the first process of a namespace ignores signals and inherits orphans: no place for a worker
     _libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    _forget_keys()
     os.execv(arguments[split + 1], arguments[split + 1 :])
 
 
@@ -156,17 +188,18 @@ def _leave_to_child() -> None:
                 os._exit(os.waitstatus_to_exitcode(status) & 255)
 
 
-def _build_root(folders: list[str]) -> None:
+def _build_root(folders: Sequence[str]) -> None:
     _mount(None, "/", flags=_PRIVATE | _RECURSIVE)
     _mount("tmpfs", _ROOT, kind="tmpfs", options="mode=755")
-    for name in ("tmp", "proc", "dev"):
+    for name in ("tmp", "proc", "dev", _NOTHING):
         os.mkdir(f"{_ROOT}/{name}")
     _mount("tmpfs", f"{_ROOT}/tmp", kind="tmpfs", options=f"mode=700,size={TEMPORARY_BYTES}")
     for path in (*folders, *_DEVICES):
         place = Path(_ROOT + path)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.mkdir(exist_ok=True) if os.path.isdir(path) else place.touch()
-        _mount(path, str(place), flags=_BIND | _RECURSIVE)
+        if not (_overlays(path) and _overlaid(path, place)):
+            _mount(path, str(place), flags=_BIND | _RECURSIVE)
     os.symlink("/tmp", f"{_ROOT}/dev/shm")
     with contextlib.suppress(OSError):  # a container may hide parts of /proc, and then grants no new one: do without
         _mount("proc", f"{_ROOT}/proc", kind="proc", flags=_NOSUID_NODEV_NOEXEC)
@@ -178,6 +211,32 @@ def _build_root(folders: list[str]) -> None:
     _libc("syscall", _NR_PIVOT_ROOT[os.uname().machine], b".", b".")
     _libc("umount2", b".", 2)  # MNT_DETACH: the old root, which now lies on top of the new one
     os.chdir("/tmp")
+
+
+def _overlaid(path: str, place: Path) -> bool:
+    """Show the folder through an overlay, which some file systems refuse, and those with another mounted inside."""
+    below = re.sub(r"([\\:,])", r"\\\1", path)
+    with contextlib.suppress(OSError):
+        _mount("overlay", str(place), kind="overlay", options=f"lowerdir={_ROOT}/{_NOTHING}:{below}")
+        return True
+    return False
+
+
+def _forget_keys() -> None:
+    """Keys know no namespaces: have a new keyring for the session, and the kernel refuse whatever deals with keys."""
+    architecture, calls = _KEYS[os.uname().machine]
+    with contextlib.suppress(OSError):  # a kernel without keys, or a container that refuses the same
+        _libc("syscall", calls[-1], 1, None)  # KEYCTL_JOIN_SESSION_KEYRING
+    load, equal, not_below, allow = 0x20, 0x15, 0x35, (0x06, 0, 0, 0x7FFF0000)
+    refuse = (0x06, 0, 0, 0x00050001)  # with EPERM
+    # A jump's two numbers say how many lines are left out when it holds, and when it does not.
+    lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), refuse]  # calls have other numbers on another architecture,
+    lines += [(load, 0, 0, 0), (not_below, 0, 1, 1 << 30), refuse]  # and with this bit
+    for number in calls:
+        lines += [(equal, 0, 1, number), refuse]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in [*lines, allow]))
+    filter_ = struct.pack("@HP", len(lines) + 1, ctypes.addressof(program))
+    _libc("prctl", 22, 2, filter_, 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 
 def _mount(source: str | None, target: str, *, kind: str | None = None, flags: int = 0, options: str = "") -> None:
@@ -198,4 +257,4 @@ def _libc(name: str, *arguments: int | bytes | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

@@ -30,6 +30,7 @@ from lite_mentor.load import load_student, load_tokenizer
 from lite_mentor.loss import sampled_hidden
 from lite_mentor.prompt import Chat
 from lite_mentor.run import training_examples
+from lite_mentor.sandbox import open_sandbox
 from lite_mentor.student import Student
 from lite_mentor.types import Rollout
 
@@ -63,8 +64,9 @@ def likeliest(teacher: Student, rollout: Rollout, k: int) -> Iterator[tuple[torc
 
 def student_records(config: Config) -> tuple[list[Rollout], dict[str, int]]:
     """The cold start's records as this run's student reads them, and its vocabulary."""
-    with tempfile.TemporaryDirectory() as scratch:  # for the quarantine, which the run will write again
-        examples, teacher = training_examples(config, Path(scratch), print)
+    # The quarantine's folder is for this time, for the run will write it again.
+    with tempfile.TemporaryDirectory() as scratch, open_sandbox(config.sandbox) as sandbox:
+        examples, teacher = training_examples(config, Path(scratch), sandbox.describe, print)
     tokenizer = load_tokenizer(config.student)
     chosen = examples[: config.sft_steps * config.sft_batch]
     rollouts = sft.teacher_rollouts(Chat(tokenizer, config.date), chosen, teacher, config)

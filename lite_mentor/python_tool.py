@@ -10,9 +10,7 @@ This module is imported only where a task names the tool, for pydantic-monty is 
 
 from __future__ import annotations
 
-import atexit
 import datetime
-import functools
 
 from pydantic_monty import Monty, MontyCrashedError, MontyError
 
@@ -40,7 +38,10 @@ def python(code: str) -> str:
     """
     output = _Output()
     try:
-        with _interpreter().checkout(limits=_LIMITS, os_policy=_FIXED) as session:
+        with (
+            Monty(min_processes=1, max_processes=1, max_checkouts_per_worker=1) as interpreter,
+            interpreter.checkout(limits=_LIMITS, os_policy=_FIXED) as session,
+        ):
             value = session.feed_run(code, print_callback=output)
     except MontyCrashedError as error:
         raise ToolError("the code broke the interpreter") from error
@@ -64,10 +65,3 @@ class _Output:
 
     def text(self) -> str:
         return self.kept.rstrip("\n") + (f"... [{self.more} more characters]" if self.more else "")
-
-
-@functools.cache
-def _interpreter() -> Monty:
-    pool = Monty(min_processes=1, max_processes=1, max_checkouts_per_worker=1).__enter__()
-    atexit.register(pool.__exit__, None, None, None)
-    return pool

@@ -35,7 +35,7 @@ from lite_mentor.prompt import Chat
 from lite_mentor.rollout import Limits, limits_of, prompt_of
 from lite_mentor.sandbox import open_sandbox
 from lite_mentor.student import Student
-from lite_mentor.tasks import load_task
+from lite_mentor.tasks import Describe, load_task
 from lite_mentor.teacher import TeacherCache, open_cache, read_manifest
 from lite_mentor.tools import RunCall, caller
 from lite_mentor.types import Example
@@ -203,8 +203,9 @@ def prepare(config: Config) -> Iterator[Run]:
         log = stack.enter_context(RunLog(out, config.asdict(), total_steps=config.steps, resume=bool(config.resume)))
         for sentence in filter(None, (why_cpu(requested), too_small(config.preset, device))):
             log.note(sentence)
-        examples, teacher = training_examples(config, out, log.note)
-        held_out = suites(config, log.note)
+        sandbox = stack.enter_context(open_sandbox(config.sandbox))
+        examples, teacher = training_examples(config, out, sandbox.describe, log.note)
+        held_out = suites(config, sandbox.describe, log.note)
         student = load_student(
             config.student,
             quant=config.quant,
@@ -236,7 +237,6 @@ def prepare(config: Config) -> Iterator[Run]:
         )  # fmt: skip
         log.note(engine.describe())
         log.note(engine.decoder.describe())
-        sandbox = stack.enter_context(open_sandbox(config.sandbox))
         log.note(sandbox.note)
         yield Run(
             config=config,
@@ -269,11 +269,13 @@ def slots(config: Config) -> int:
     return max(32, min(config.rollouts_per_step, 128))
 
 
-def training_examples(config: Config, out: Path, note: Callable[[str], None]) -> tuple[list[Example], TeacherCache]:
+def training_examples(
+    config: Config, out: Path, describe: Describe, note: Callable[[str], None]
+) -> tuple[list[Example], TeacherCache]:
     """The examples of which the teacher has usable records, in the order of this run's seed; and the cache."""
     examples = load_task(
         config.task, split="train", size=config.train_size, seed=0, levels=config.levels,
-        quarantine=out / "quarantine.jsonl", note=note,
+        quarantine=out / "quarantine.jsonl", describe=describe, note=note,
     )  # fmt: skip
     teacher = open_teacher(config, examples, note)
     examples = teacher.usable(examples)

@@ -2,18 +2,21 @@
 
 Limited everywhere: wall-clock time (the worker and everything it started are killed), CPU time, memory, the size of a
 file, the number of open files and of processes, the length of a result. A worker sees only the environment variables
-that importing needs, so no keys or tokens, and what it prints goes nowhere.
+that importing needs, so no keys or tokens, and what it prints goes nowhere. Every call has a process of its own, forked
+from one that has imported the tool's module (worker.py): calls leave nothing behind, and cannot answer for each other.
 
 On Linux, workers also run in namespaces where the machine allows it (isolation.py; `find_way` tries it once, and
 `Sandbox.note` says what was found): no network, not even loopback; the folders that importing needs, read-only, and a
-private /tmp; no home folder; no process but their own, and none of theirs outlives them.
+private /tmp, which lasts as long as the worker; no home folder; no keys of the session; no process but their own, and
+none of theirs outlives the trainer, however that ends.
 
 What is NOT protected: whatever lies in the current folder and in those of sys.path can be read. Memory, CPU time and
-file size are limited for each process, and there may be 512 of them. A tool may remember things from one call to the
-next and answer wrongly. A hole in the kernel is a hole in this. Without namespaces (macOS, Windows, most containers,
-`--sandbox off`) a tool reads and writes every file that you can, uses the network, signals your processes, and a child
-that leaves its process group outlives it. Windows has no limits but time, macOS does not limit memory, and root may
-start any number of processes unless plain user namespaces are used on Linux 6.14 or newer.
+file size are limited for each process, and there may be 512 of them. A hole in the kernel is a hole in this. By
+bubblewrap, Unix sockets and pipes that lie in folders which a tool sees can be used, and files there be locked. Without
+namespaces (macOS, Windows, most containers, `--sandbox off`) a tool reads and writes every file that you can, uses the
+network, signals your processes, and a child that leaves its process group outlives it. Windows has no limits but time,
+and there one call may disturb the next; macOS does not limit memory, and root may start any number of processes unless
+plain user namespaces are used on Linux 6.14 or newer.
 """
 
 from __future__ import annotations
@@ -23,21 +26,22 @@ import functools
 import json
 import os
 import queue
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, Literal
 
 from lite_mentor import isolation
 from lite_mentor.errors import UserError
 from lite_mentor.isolation import Way
-from lite_mentor.worker import MEMORY_BYTES, START_SECONDS, Request, resource
-
-MAX_REPLY_BYTES = 1 << 20
+from lite_mentor.tools import read_spec
+from lite_mentor.types import ToolSpec
+from lite_mentor.worker import ENDED, MAX_REPLY_BYTES, MEMORY_BYTES, START_SECONDS, Request, resource
 
 Status = Literal["ok", "error", "timeout"]
 
@@ -54,7 +58,6 @@ class Worker:
         self._errors = errors
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
-        self._number = 0
         self._closed = False
         self._lock = threading.Lock()
 
@@ -64,8 +67,13 @@ class Worker:
         return self._process and self._process.pid
 
     def request(self, payload: Request, timeout_s: float) -> dict[str, Any]:
-        """The worker's answer. Raises TimeoutError or EOFError, once the worker is killed, if none comes."""
+        """The worker's answer. Raises TimeoutError or EOFError, once the worker is killed, if none comes.
+
+        A process that has ended since the last request, for want of memory perhaps, is replaced.
+        """
         with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self._kill()
             if self._process is None:
                 self._start()
             return self._exchange(payload, timeout_s)
@@ -96,8 +104,8 @@ class Worker:
 
     def _exchange(self, payload: Request, timeout_s: float) -> dict[str, Any]:
         """A thread writes and reads, because no file operation on a pipe takes a time limit everywhere."""
-        self._number += 1
-        line = json.dumps([self._number, payload]).encode() + b"\n"
+        name = secrets.token_hex(8)  # which nobody who is not asked can know
+        line = json.dumps([name, payload]).encode() + b"\n"
         received: list[bytes] = []
         thread = threading.Thread(target=_write_and_read, args=(self._process, line, received), daemon=True)
         thread.start()
@@ -112,10 +120,10 @@ class Worker:
             self._kill()
             raise TimeoutError(f"no answer within {timeout_s:g} s")
         try:
-            number, answer = json.loads(reply)
+            answered, answer = json.loads(reply)
         except (ValueError, TypeError, RecursionError):
-            number, answer = None, None
-        if number != self._number or not isinstance(answer, dict):
+            answered, answer = None, None
+        if answered != name or not isinstance(answer, dict):
             self._kill()
             raise EOFError("the worker ended, or broke the protocol")
         return answer
@@ -192,28 +200,48 @@ class Sandbox:
         timed; a tool that cannot be imported raises UserError, for no student can put that right.
         """
         request = {"path": path, "arguments": dict(arguments), "seconds": self.timeout_s}
+        with self._worker() as worker:
+            if problem := _loaded(worker, path).get("problem"):
+                raise UserError(f"The tool {path} cannot be loaded in the sandbox ({problem}); put its module right.")
+            try:
+                answer = worker.request(request, self.timeout_s)
+            except TimeoutError:
+                return "timeout", f"Error: the tool took longer than {self.timeout_s:g} s."
+            except EOFError:
+                return "error", ENDED
+        status, text = answer.get("status"), answer.get("text")
+        return (status, text) if status in ("ok", "error") and isinstance(text, str) else ("error", ENDED)
+
+    def describe(self, path: str) -> ToolSpec:
+        """The tool at `module:function`, described where it runs: its module is not imported here. Raises UserError."""
+        with self._worker() as worker:
+            answer = _loaded(worker, path, describe=True)
+        if "problem" in answer:
+            problem = f"The tool {path} cannot be imported ({answer['problem']}); is its folder on PYTHONPATH?"
+            raise UserError(problem)
+        if "refused" in answer:
+            raise UserError(str(answer["refused"]))
+        return read_spec(answer, path)
+
+    @contextlib.contextmanager
+    def _worker(self) -> Iterator[Worker]:
         worker = self._free.get()
         try:
-            _load(worker, path)
-            answer = worker.request(request, self.timeout_s)
-            return answer["status"], answer["text"]
-        except TimeoutError:
-            return "timeout", f"Error: the tool took longer than {self.timeout_s:g} s."
-        except EOFError:
-            return "error", "Error: the tool ended its process or broke a limit."
+            yield worker
         finally:
             self._free.put(worker)
 
 
-def _load(worker: Worker, path: str) -> None:
-    try:
-        problem = worker.request({"path": path}, START_SECONDS).get("problem")
-    except TimeoutError:
-        problem = f"importing it took longer than {START_SECONDS:g} s"
-    except EOFError:
-        problem = "importing it ended the process or broke a limit"
-    if problem:
-        raise UserError(f"The tool {path} cannot be loaded in the sandbox ({problem}); put its module right.")
+def _loaded(worker: Worker, path: str, **more: bool) -> dict[str, Any]:
+    """The answer to a request that loads the tool. Asked twice, for the first may meet a worker that is just ending."""
+    for _ in range(2):
+        try:
+            return worker.request({"path": path, **more}, START_SECONDS)
+        except TimeoutError:
+            return {"problem": f"importing it took longer than {START_SECONDS:g} s"}
+        except EOFError:
+            continue
+    return {"problem": "importing it ended the process or broke a limit"}
 
 
 def open_sandbox(setting: Literal["on", "off"]) -> Sandbox:
@@ -225,18 +253,23 @@ def open_sandbox(setting: Literal["on", "off"]) -> Sandbox:
 def find_way() -> tuple[Way, str]:
     """The strongest way to start workers that works on this machine, and what is wrong with the stronger ones."""
     problems: list[str] = []
-    for way in ("bubblewrap", "user namespaces"):
+    for way in ("user namespaces", "bubblewrap"):
         problems.append(problem_with(way))
         if not problems[-1]:
             return way, ""
     return "limits only", ", ".join(dict.fromkeys(problems))
 
 
-@functools.cache
 def problem_with(way: Way) -> str:
-    """Start a worker this way, and let it look around -> what is wrong; "" when it is isolated."""
+    """What is wrong with starting workers this way; "" when they are isolated."""
+    return _examined(way)[0]
+
+
+@functools.cache
+def _examined(way: Way) -> tuple[str, str]:
+    """Start a worker this way, and let it look around -> what is wrong, and folders that it sees themselves."""
     if reason := isolation.unavailable(way):
-        return reason
+        return reason, ""
     with (
         tempfile.TemporaryFile() as errors,
         tempfile.TemporaryDirectory() as folder,
@@ -249,12 +282,18 @@ def problem_with(way: Way) -> str:
         namespace = os.readlink("/proc/self/ns/pid")
         arguments = {"namespace": namespace, "folder": folder, "abstract_socket": name}
         try:
-            freedom = worker.request({"path": "lite_mentor.isolation:look", "arguments": arguments}, START_SECONDS)
+            freedom = _look(worker, "look", arguments)
+            exposed = _look(worker, "exposed", {"devices": isolation.devices()})
         except (RuntimeError, EOFError, TimeoutError):
             errors.seek(0)
             last = (errors.read().decode(errors="replace").strip() or "no reason given").splitlines()[-1]
-            return f"{way} cannot be had ({last})"
-    return f"with {way} a tool can still {freedom['text']}" if freedom["text"] else ""
+            return f"{way} cannot be had ({last})", ""
+    return f"with {way} a tool can still {freedom}" if freedom else "", exposed
+
+
+def _look(worker: Worker, function: str, arguments: Mapping[str, Any]) -> str:
+    request = {"path": f"lite_mentor.isolation:{function}", "arguments": arguments, "seconds": START_SECONDS}
+    return worker.request(request, START_SECONDS)["text"]
 
 
 def _note(way: Way, reason: str) -> str:
@@ -265,4 +304,6 @@ def _note(way: Way, reason: str) -> str:
         limits += ", but not the number of processes, for you are root"
     if way == "limits only":
         return f"sandbox: {reason}: TOOLS CAN READ AND CHANGE YOUR FILES AND USE THE NETWORK; {limits}"
-    return f"sandbox: no network, read-only files, own processes ({way}); {limits}"
+    exposed = _examined(way)[1]
+    sockets = f"; Unix sockets, pipes and locks in {exposed} are within reach" if exposed else ""
+    return f"sandbox: no network, read-only files, own processes ({way}); {limits}{sockets}"

@@ -27,7 +27,7 @@ from lite_mentor.errors import UserError
 from lite_mentor.facts import Facts, facts_of
 from lite_mentor.prompt import Chat
 from lite_mentor.sandbox import open_sandbox
-from lite_mentor.tasks import load_suite, resolve_arguments
+from lite_mentor.tasks import Describe, load_suite, resolve_arguments
 from lite_mentor.tasks.jsonl import read_tasks
 from lite_mentor.teach_options import Options, check, command, teacher_name
 from lite_mentor.teacher import Manifest, append_to, changed, read_manifest, with_facts
@@ -184,10 +184,10 @@ def local(options: Options, examples: Sequence[Example], run: RunCall) -> Genera
 # --- the command line -------------------------------------------------------------------------------------------
 
 
-def load_examples(options: Options) -> list[Example]:
+def load_examples(options: Options, describe: Describe) -> list[Example]:
     """The examples of a built-in suite, or of the user's own file."""
     if options.suite.endswith((".jsonl", ".parquet")):
-        return read_tasks(Path(options.suite), quarantine=options.out / "quarantine.jsonl")
+        return read_tasks(Path(options.suite), quarantine=options.out / "quarantine.jsonl", describe=describe)
     levels = options.levels or None
     return load_suite(options.suite, split=options.split, size=options.size, seed=options.seed, levels=levels)
 
@@ -197,8 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, prog="python -m lite_mentor.teach")
     try:
         check(options)
-        examples = load_examples(options)
         with open_sandbox(options.sandbox) as sandbox:
+            examples = load_examples(options, sandbox.describe)
             if sandbox.way == "limits only":
                 print(sandbox.note, file=sys.stderr)
             run = caller(sandbox.call)

@@ -87,6 +87,37 @@ def tool_spec(function: Callable[..., Any], *, path: str | None = None) -> ToolS
     )
 
 
+def read_spec(row: Mapping[str, Any], path: str) -> ToolSpec:
+    """The ToolSpec that a worker says the tool at `path` has. Raises UserError for what `tool_spec` would not make.
+
+    A tool's module could say anything: a schema with a pattern that never ends, or one that refers to the network.
+    """
+    import jsonschema
+
+    name, description, parameters = row.get("name"), row.get("description"), row.get("parameters")
+    try:
+        jsonschema.Draft202012Validator.check_schema(parameters)
+        sound = isinstance(parameters, dict) and parameters.get("type") == "object" and _is_plain(parameters)
+    except (jsonschema.SchemaError, RecursionError):
+        sound = False
+    if not (sound and isinstance(name, str) and name.isprintable() and isinstance(description, str)):
+        raise UserError(f"Tool {path}: its module says of it what no function is; describe it by hints and docstring.")
+    return ToolSpec(name, description, parameters, path=path)
+
+
+_PLAIN = {"type", "description", "default", "enum", "required", "properties", "items", "additionalProperties", "anyOf"}
+"""The keywords that `tool_spec` writes."""
+
+
+def _is_plain(schema: Any) -> bool:
+    """Has a sound JSON schema no keyword but these?"""
+    if isinstance(schema, bool):
+        return True
+    inner = [*schema.get("properties", {}).values(), *schema.get("anyOf", ())]
+    inner += [schema[keyword] for keyword in ("items", "additionalProperties") if keyword in schema]
+    return schema.keys() <= _PLAIN and all(map(_is_plain, inner))
+
+
 @functools.cache
 def calculator_tools() -> tuple[ToolSpec, ...]:
     """The paper's twelve calculators, always in the same order (so that prompts share their beginning)."""

@@ -181,3 +181,8 @@ def leave_politely() -> None:
 
 
 not_a_function = 3
+
+
+def no_module(path: str):
+    """Describes the tools of task files that name none."""
+    raise AssertionError(f"{path} is described")

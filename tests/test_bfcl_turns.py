@@ -21,7 +21,7 @@ from lite_mentor.judge import is_right
 from lite_mentor.prompt import Chat
 from lite_mentor.rollout import Limits
 from lite_mentor.sandbox import Sandbox
-from lite_mentor.tasks import bfcl, bfcl_turns, bfcl_world, load_suite
+from lite_mentor.tasks import bfcl, bfcl_calls, bfcl_turns, bfcl_world, load_suite
 from lite_mentor.teach import oracle
 from lite_mentor.tiny import tiny_tokenizer
 from lite_mentor.tools import caller, render_call, run_call
@@ -43,8 +43,8 @@ def sandbox():
 
 def here(path: str, arguments: dict) -> tuple[str, str]:
     """Runs what would run in a worker, once the arguments have been JSON."""
-    assert path == "lite_mentor.tasks.bfcl_world:step"
-    return "ok", bfcl_world.step(**json.loads(json.dumps(arguments)))
+    assert path == "lite_mentor.tasks.bfcl_calls:step"
+    return "ok", bfcl_calls.step(**json.loads(json.dumps(arguments)))
 
 
 def every(suite: str, split: str = "test") -> list[Example]:
@@ -56,8 +56,8 @@ def of_entry(entry: str, turn: int) -> Example:
     return next(e for e in found if (e.meta["entry"], e.meta["turn"]) == (entry, turn))
 
 
-def world_of(entry: str) -> bfcl_world.World:
-    return bfcl_world.World(bfcl_world.entries(entry.rsplit("_", 1)[0])[entry])
+def world_of(entry: str) -> bfcl_calls.World:
+    return bfcl_calls.World(bfcl_world.entries(entry.rsplit("_", 1)[0])[entry])
 
 
 def call(name: str, **arguments) -> dict:
@@ -71,7 +71,7 @@ def call(name: str, **arguments) -> dict:
 def test_all_official_calls_pass(category):
     entries = bfcl_world.entries(category)
     assert len(entries) == 200
-    assert [e.id for e in entries.values() if not bfcl_world.passes(e, e.gold)] == []
+    assert [e.id for e in entries.values() if not bfcl_calls.passes(e, e.gold)] == []
 
 
 def corruptions(entry: bfcl_world.Entry):
@@ -99,7 +99,7 @@ def different(value):
 
 def ours(entry: bfcl_world.Entry, turns) -> bool:
     """As a run judges: a call that raises is answered with an error, and has not happened."""
-    world, happened = bfcl_world.World(entry), []
+    world, happened = bfcl_calls.World(entry), []
     for calls in turns:
         happened.append([])
         for one in calls:
@@ -108,7 +108,7 @@ def ours(entry: bfcl_world.Entry, turns) -> bool:
             except (ValueError, TypeError, LookupError, AttributeError):
                 continue
             happened[-1].append(one)
-    return bfcl_world.passes(entry, happened)
+    return bfcl_calls.passes(entry, happened)
 
 
 def theirs(entry: bfcl_world.Entry, turns) -> bool:
@@ -150,7 +150,7 @@ def test_every_dropped_call_of_the_base_category_fails():
         for kind, turns in corruptions(entry):
             if kind == "dropped":
                 dropped += 1
-                if bfcl_world.passes(entry, turns):
+                if bfcl_calls.passes(entry, turns):
                     passed.append(entry.id)
     assert dropped == 1142
     assert passed == ["multi_turn_base_113"]
@@ -160,11 +160,11 @@ def test_the_order_matters_where_the_state_says_so():
     entry = bfcl_world.entries("multi_turn_base")["multi_turn_base_0"]
     cd, mkdir, mv = entry.gold[0]
     assert [c["name"] for c in (cd, mkdir, mv)] == ["cd", "mkdir", "mv"]
-    assert bfcl_world.passes(entry, [[cd, mkdir, mv]])
-    assert not bfcl_world.passes(entry, [[cd, mv, mkdir]])
-    assert not bfcl_world.passes(entry, [[]])
-    assert bfcl_world.passes(entry, [[call("pwd"), cd, call("ls"), mkdir, mv]])  # looking around is allowed
-    assert not bfcl_world.passes(entry, [[cd, mkdir, mv, call("touch", file_name="more")]])
+    assert bfcl_calls.passes(entry, [[cd, mkdir, mv]])
+    assert not bfcl_calls.passes(entry, [[cd, mv, mkdir]])
+    assert not bfcl_calls.passes(entry, [[]])
+    assert bfcl_calls.passes(entry, [[call("pwd"), cd, call("ls"), mkdir, mv]])  # looking around is allowed
+    assert not bfcl_calls.passes(entry, [[cd, mkdir, mv, call("touch", file_name="more")]])
 
 
 def test_positional_arguments_get_their_names():
@@ -195,7 +195,7 @@ def test_results_do_not_depend_on_what_was_played_before():
     entries = [e for c in bfcl_world.CATEGORIES for e in list(bfcl_world.entries(c).values())[::4]]
 
     def texts(entry):
-        world = bfcl_world.World(entry)
+        world = bfcl_calls.World(entry)
         return [world.call(one) for turn in entry.gold for one in turn]
 
     forwards = [texts(entry) for entry in entries]
@@ -221,13 +221,13 @@ def test_a_world_keeps_neither_arguments_nor_defaults():
 def test_long_contexts_are_not_shared():
     """They add cards that lie in a module, and a booking changes a card's balance in place."""
     entry = next(e for e in bfcl_world.entries("multi_turn_long_context").values() if "TravelAPI" in e.classes)
-    module = importlib.import_module(bfcl_world._class("TravelAPI").__module__)
+    module = importlib.import_module(bfcl_world.class_of("TravelAPI").__module__)
     card = next(iter(module.CREDIT_CARD_EXTENSION))
     before = dict(module.CREDIT_CARD_EXTENSION[card])
-    world = bfcl_world.World(entry)
+    world = bfcl_calls.World(entry)
     world.instances["TravelAPI"].credit_card_list[card]["balance"] = -1
     assert module.CREDIT_CARD_EXTENSION[card] == before
-    assert bfcl_world.World(entry).instances["TravelAPI"].credit_card_list[card] == before
+    assert bfcl_calls.World(entry).instances["TravelAPI"].credit_card_list[card] == before
 
 
 def test_a_call_that_fails_has_not_happened(sandbox):
@@ -270,7 +270,7 @@ def test_arithmetic_without_end_is_stopped_and_the_episode_goes_on():
 
 def test_a_judge_that_raises_stops_the_run():
     example = replace(of_entry("multi_turn_base_0", 0), world=Start({"entry": "multi_turn_base_999", "turn": 0}, "?"))
-    broken = replace(example.world, judge="lite_mentor.tasks.bfcl_world:judge")
+    broken = replace(example.world, judge="lite_mentor.tasks.bfcl_calls:judge")
     with pytest.raises(RuntimeError, match=rf"judging example {example.key} of bfcl_turns failed: .*999"):
         is_right(replace(example, world=broken), "done", [])
 
@@ -289,21 +289,24 @@ def test_counts_and_splits():
     assert len(set().union(*entries)) == 200
     assert len({e.key for e in [*train, *validation, *test, *held_out]}) == 722
     assert sum(e.meta["level"] for e in [*train, *validation, *test, *held_out]) == 1133
-    said = [{bfcl_world.entry_of(e.world.start).asked[0] for e in s} for s in (train, validation, test, held_out)]
+    said = [
+        {bfcl_world.entries("multi_turn_base")[e.world.start["entry"]].asked[0] for e in s}
+        for s in (train, validation, test, held_out)
+    ]
     assert sum(map(len, said)) == len(set().union(*said))  # no conversation begins like one of another split
 
 
 def test_turns_in_which_any_call_would_be_right_are_left_out():
     tasks = {(e.meta["entry"], e.meta["turn"]): e for name in bfcl_turns.SUITES for e in bfcl_turns._turns(name)}
     repeated = bfcl_world.entries("multi_turn_base")["multi_turn_base_33"].gold
-    assert bfcl_world.passes(
+    assert bfcl_calls.passes(
         bfcl_world.entries("multi_turn_base")["multi_turn_base_33"], [*repeated[:2], [call("pwd")]]
     )
     assert ("multi_turn_base_33", 1) in tasks
     assert ("multi_turn_base_33", 2) not in tasks
     assert ("multi_turn_base_180", 3) not in tasks  # nothing is called there
     files = [e for e in tasks.values() if e.meta["template"] == "GorillaFileSystem"]
-    assert not any(bfcl_world.judge(e.world.start, [call("pwd")]) for e in files)
+    assert not any(bfcl_calls.judge(e.world.start, [call("pwd")]) for e in files)
 
 
 def test_a_task_tells_what_went_before():

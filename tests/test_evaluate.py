@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from sample_tools import no_module
 
 import train
 from lite_mentor import evaluate as room
@@ -22,7 +23,7 @@ from tests.test_train import SHORT
 
 
 def test_held_out_suites_never_depend_on_the_seed():
-    one, two = (suites(dataclasses.replace(PRESETS["tiny"], seed=s, eval_size=10)) for s in (0, 1))
+    one, two = (suites(dataclasses.replace(PRESETS["tiny"], seed=s, eval_size=10), no_module) for s in (0, 1))
     assert {n: [e.key for e in v] for n, v in one.items()} == {n: [e.key for e in v] for n, v in two.items()}
     assert [len(v) for v in one.values()] == [10, 5, 5]
 
@@ -35,9 +36,9 @@ def test_a_run_says_how_much_of_a_file_it_does_not_use(tmp_path):
         eval_suites=("validation",),
     )  # fmt: skip
     notes = []
-    assert len(suites(config, notes.append)["validation"]) == 10
+    assert len(suites(config, no_module, notes.append)["validation"]) == 10
     with pytest.raises(UserError, match="needs --teacher"):
-        training_examples(config, tmp_path, notes.append)
+        training_examples(config, tmp_path, no_module, notes.append)
     assert [note.split()[-4] for note in notes] == ["--eval-size", "--train-size"]
 
 

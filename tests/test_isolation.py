@@ -24,10 +24,10 @@ def way(request):
 
 @pytest.fixture
 def fresh_probe():
-    for function in (find_way, problem_with):
+    for function in (find_way, sandbox._examined):
         function.cache_clear()
     yield
-    for function in (find_way, problem_with):
+    for function in (find_way, sandbox._examined):
         function.cache_clear()
 
 
@@ -130,7 +130,7 @@ def test_a_machine_that_grants_nothing_is_told_in_one_line(fresh_probe, monkeypa
     with Sandbox() as workers:
         assert workers.way == "limits only"
         assert workers.note == (
-            "sandbox: bubblewrap is not installed, user namespaces cannot be had (OSError: no): TOOLS CAN READ AND "
+            "sandbox: user namespaces cannot be had (OSError: no), bubblewrap is not installed: TOOLS CAN READ AND "
             "CHANGE YOUR FILES AND USE THE NETWORK; memory 4 GiB a process, CPU and wall-clock time limited"
         )
 
@@ -145,6 +145,7 @@ def test_off_is_loud():
 def test_who_is_root_is_told_that_processes_are_not_counted(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(isolation, "kernel", lambda: (6, 14))
+    monkeypatch.setattr(sandbox, "_examined", lambda way: ("", ""))
     notes = {way: Sandbox(way=way).note for way in ("limits only", "bubblewrap", "user namespaces")}
     told = {way: note.endswith(", but not the number of processes, for you are root") for way, note in notes.items()}
     assert told == {"limits only": True, "bubblewrap": True, "user namespaces": False}

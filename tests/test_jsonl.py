@@ -6,20 +6,28 @@ import json
 import sys
 
 import pytest
+from sample_tools import no_module
 
 from lite_mentor.errors import UserError
+from lite_mentor.sandbox import Sandbox
 from lite_mentor.tasks.jsonl import read_tasks
 
 GOOD = {"question": "What is 37 times 12?", "answer": "444", "tools": ["multiply"]}
 
 
 @pytest.fixture
-def read(tmp_path):
+def describe():
+    with Sandbox(1, way="limits only") as sandbox:
+        yield sandbox.describe
+
+
+@pytest.fixture
+def read(tmp_path, describe):
     def write_and_read(rows, name="mine.jsonl"):
         path = tmp_path / name
         lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
         path.write_bytes(b"\n".join(lines))
-        return read_tasks(path, quarantine=tmp_path / "out" / "quarantine.jsonl")
+        return read_tasks(path, quarantine=tmp_path / "out" / "quarantine.jsonl", describe=describe)
 
     return write_and_read
 
@@ -114,7 +122,7 @@ def test_a_function_of_the_users_own(read, tmp_path, monkeypatch):
         "shout", "Say it loudly.", "users_tools:shout", None,
     )  # fmt: skip
     assert tool.parameters["required"] == ["text"]
-    sys.modules.pop("users_tools")
+    assert "users_tools" not in sys.modules
 
 
 BAD_ROWS = [
@@ -142,14 +150,14 @@ BAD_ROWS = [
     ({**GOOD, "tools": ["add", "add"]}, "two of the `tools` have the same name"),
     (
         {**GOOD, "tools": ["no_such_module:f"]},
-        "the tool no_such_module:f cannot be imported (ModuleNotFoundError: No module named",
+        "The tool no_such_module:f cannot be imported (ModuleNotFoundError: No module named",
     ),
-    ({**GOOD, "tools": ["json:no_such_function"]}, "the tool json:no_such_function cannot be imported"),
-    ({**GOOD, "tools": [".relative:f"]}, "the tool .relative:f cannot be imported (TypeError: the 'package' argument"),
-    ({**GOOD, "tools": ["a\nb:f"]}, "the tool a\\nb:f cannot be imported"),
+    ({**GOOD, "tools": ["json:no_such_function"]}, "The tool json:no_such_function cannot be imported"),
+    ({**GOOD, "tools": [".relative:f"]}, "The tool .relative:f cannot be imported (TypeError: the 'package' argument"),
+    ({**GOOD, "tools": ["a\nb:f"]}, "The tool a\\nb:f cannot be imported"),
     ({**GOOD, "\x1b[2J\u202e": "1"}, "unknown field `\\x1b[2J\\u202e`"),
-    ({**GOOD, "tools": [":f"]}, "the tool :f cannot be imported"),
-    ({**GOOD, "tools": ["sys:path"]}, "the tool sys:path is not a function"),
+    ({**GOOD, "tools": [":f"]}, "The tool :f cannot be imported"),
+    ({**GOOD, "tools": ["sys:path"]}, "The tool sys:path cannot be imported (TypeError: path is not a function)"),
     ({**GOOD, "tools": ["json:dumps"]}, "Tool json:dumps: parameter obj has no annotation"),
     ({**GOOD, "checker": "exact"}, '`checker` must be "math" or "text"'),
     ({**GOOD, "suite": 3}, "`suite` must be text"),
@@ -232,26 +240,26 @@ def test_parquet(tmp_path):
     path = tmp_path / "published.parquet"
     rows = [published(), published(question="And of 36 + 64?", reward_model={"ground_truth": ["10"], "style": "rule"})]
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    examples = read_tasks(path, quarantine=tmp_path / "quarantine.jsonl")
+    examples = read_tasks(path, quarantine=tmp_path / "quarantine.jsonl", describe=no_module)
     assert [example.answer for example in examples] == [("5", "5.0"), ("10",)]
     assert not (tmp_path / "quarantine.jsonl").exists()
     path.write_bytes(b"PAR1 but not really")
     with pytest.raises(UserError, match="cannot be read as parquet"):
-        read_tasks(path, quarantine=tmp_path / "quarantine.jsonl")
+        read_tasks(path, quarantine=tmp_path / "quarantine.jsonl", describe=no_module)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="install pyarrow"):
-        read_tasks(tmp_path / "a.parquet", quarantine=tmp_path / "quarantine.jsonl")
+        read_tasks(tmp_path / "a.parquet", quarantine=tmp_path / "quarantine.jsonl", describe=no_module)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
 def test_an_empty_file_is_the_users_error(tmp_path, content):
     (tmp_path / "empty.jsonl").write_bytes(content)
     with pytest.raises(UserError, match="holds no tasks"):
-        read_tasks(tmp_path / "empty.jsonl", quarantine=tmp_path / "quarantine.jsonl")
+        read_tasks(tmp_path / "empty.jsonl", quarantine=tmp_path / "quarantine.jsonl", describe=no_module)
 
 
 @pytest.mark.parametrize(
@@ -259,4 +267,4 @@ def test_an_empty_file_is_the_users_error(tmp_path, content):
 )
 def test_a_wrong_path_is_the_users_error(tmp_path, name, reason):
     with pytest.raises(UserError, match=reason):
-        read_tasks(tmp_path / name, quarantine=tmp_path / "quarantine.jsonl")
+        read_tasks(tmp_path / name, quarantine=tmp_path / "quarantine.jsonl", describe=no_module)

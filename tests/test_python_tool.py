@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from sample_tools import no_module
 
 from lite_mentor.errors import UserError
 from lite_mentor.sandbox import Sandbox
@@ -65,7 +66,7 @@ def test_every_call_starts_afresh_and_alike(sandbox):
 @needs_monty
 def test_a_student_calls_it_by_its_name(sandbox, tmp_path):
     (tmp_path / "tasks.jsonl").write_text('{"question": "How many?", "answer": 6, "tools": ["add", "python"]}\n')
-    (example,) = read_tasks(tmp_path / "tasks.jsonl", quarantine=tmp_path / "quarantine.jsonl")
+    (example,) = read_tasks(tmp_path / "tasks.jsonl", quarantine=tmp_path / "quarantine.jsonl", describe=no_module)
     raw = json.dumps({"name": "python", "arguments": {"code": "2 * 3"}})
     call = run_call(raw, example.tools, run_path=sandbox.call)
     assert [tool.name for tool in example.tools] == ["add", "python"]
@@ -79,7 +80,7 @@ def test_without_the_package_one_sentence_says_how_to_get_it(tmp_path, monkeypat
     python_tool.cache_clear()
     (tmp_path / "tasks.jsonl").write_text('{"question": "How many?", "answer": 6, "tools": ["python"]}\n')
     with pytest.raises(UserError, match=r"needs pydantic-monty; install it with: pip install 'lite-mentor\[python\]'"):
-        read_tasks(tmp_path / "tasks.jsonl", quarantine=tmp_path / "quarantine.jsonl")
+        read_tasks(tmp_path / "tasks.jsonl", quarantine=tmp_path / "quarantine.jsonl", describe=no_module)
 
 
 def interpreters(worker: int, *, busy: bool = False) -> list[int]:

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -151,12 +152,18 @@ def test_a_tool_that_cannot_be_loaded_stops_the_run(sandbox, path, reason):
     assert sandbox.call(ADD, {"a": 1, "b": 2}) == ("ok", "3")
 
 
-@pytest.mark.parametrize("body", ["import os; os._exit(0)", "raise SystemExit"])
-def test_a_module_that_ends_the_process_stops_the_run(tmp_path, monkeypatch, body):
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [("import os; os._exit(0)", "importing it ended the process or broke a limit"), ("raise SystemExit", "SystemExit")],
+)
+def test_a_module_that_ends_the_process_stops_the_run(tmp_path, monkeypatch, body, reason):
     (tmp_path / "deadly_module.py").write_text(body, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    with Sandbox(workers=1) as sandbox, pytest.raises(UserError, match="importing it ended the process"):
-        sandbox.call("deadly_module:tool", {})
+    with Sandbox(workers=1) as sandbox:
+        with pytest.raises(UserError, match=rf"deadly_module:tool cannot be loaded in the sandbox \({reason}\)"):
+            sandbox.call("deadly_module:tool", {})
+        with pytest.raises(UserError, match=rf"deadly_module:tool cannot be imported \({reason}\)"):
+            sandbox.describe("deadly_module:tool")
 
 
 def test_secrets_of_the_environment_stay_here(monkeypatch):
@@ -169,11 +176,13 @@ def test_secrets_of_the_environment_stay_here(monkeypatch):
     assert "HOME" not in names.split()
 
 
-def test_workers_start_when_needed_and_are_reused():
+def test_workers_start_when_needed_and_are_reused_and_calls_leave_nothing_behind():
     with Sandbox(workers=3) as sandbox:
         assert [worker.pid for worker in sandbox._workers] == [None, None, None]
-        assert [sandbox.call("sample_tools:count", {}) for _ in range(3)] == [("ok", "1"), ("ok", "2"), ("ok", "3")]
-        assert sum(worker.pid is not None for worker in sandbox._workers) == 1
+        assert [sandbox.call("sample_tools:count", {}) for _ in range(3)] == [("ok", "1")] * 3
+        (pid,) = [worker.pid for worker in sandbox._workers if worker.pid is not None]
+        sandbox.call(ADD, {"a": 1, "b": 2})
+        assert pid in [worker.pid for worker in sandbox._workers]
 
 
 def test_calls_from_many_threads_get_their_own_answers():
@@ -197,8 +206,7 @@ def test_closing_ends_the_workers_and_a_call_in_flight():
     process, results = worker._process, []
     thread = threading.Thread(target=lambda: results.append(sandbox.call("sample_tools:loop", {})))
     thread.start()
-    while thread.is_alive() and worker._number < 5:  # started, loaded and called `add`; loaded and called `loop`
-        pass
+    time.sleep(0.5)
     sandbox.close()
     sandbox.close()
     thread.join()

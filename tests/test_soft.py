@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from sample_tools import no_module
 
 from lite_mentor import label, sft, soft
 from lite_mentor.batch import pack
@@ -64,7 +65,7 @@ def labels_file(tmp_path_factory) -> Path:
 def records(tmp_path_factory):
     """(student, the cold start's rollouts) of FLAGS."""
     config = parse(FLAGS)
-    examples, teacher = training_examples(config, tmp_path_factory.mktemp("out"), print)
+    examples, teacher = training_examples(config, tmp_path_factory.mktemp("out"), no_module, print)
     student = load_student("tiny", quant="none", dtype="fp32", lora_rank=8, lora_alpha=64)
     rollouts = sft.teacher_rollouts(Chat(student.tokenizer), examples[:12], teacher, config)
     return student, rollouts

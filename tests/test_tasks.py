@@ -11,6 +11,7 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sample_tools import no_module
 
 from lite_mentor.errors import UserError
 from lite_mentor.tasks import (
@@ -160,7 +161,14 @@ def load_file(tmp_path):
 
     def load_split(split, size=10**6, note=None):
         return load_task(
-            str(path), split=split, size=size, seed=0, levels=None, quarantine=tmp_path / "aside.jsonl", note=note
+            str(path),
+            split=split,
+            size=size,
+            seed=0,
+            levels=None,
+            quarantine=tmp_path / "aside.jsonl",
+            describe=no_module,
+            note=note,
         )
 
     return load_split

@@ -31,6 +31,9 @@ SUITES = ("math", "math_varied", "tiny", "tiny_ood", "ood_tools", "ood_lookup", 
 """Generated here, in all splits. Beside them are the turns of BFCL (bfcl_turns.py), and for testing only its
 single-turn categories `bfcl_CATEGORY` (bfcl.py)."""
 
+Describe = Callable[[str], ToolSpec]
+"""Describes the tool at `module:function`, where its module may be imported (Sandbox.describe). Raises UserError."""
+
 
 def load_suite(name: str, *, split: Split, size: int, seed: int, levels: Sequence[int] | None = None) -> list[Example]:
     """`size` distinct examples of one split of a built-in suite, in a fixed random order.
@@ -68,17 +71,19 @@ def load_task(
     seed: int,
     levels: Sequence[int] | None,
     quarantine: Path,
+    describe: Describe,
     note: Callable[[str], None] | None = None,
 ) -> list[Example]:
     """One split of a built-in suite, or of the user's own file, where a hash of the question holds out a tenth each.
 
-    Of a file no more than its first `size` examples are used; `note` is told of those that are not.
+    Of a file no more than its first `size` examples are used; `note` is told of those that are not. `describe` tells
+    what its own tools are: see `Describe`.
     """
     if not task.endswith((".jsonl", ".parquet")):
         return load_suite(task, split=split, size=size, seed=seed, levels=levels)
     from lite_mentor.tasks.jsonl import read_tasks
 
-    rows = read_tasks(Path(task), quarantine=quarantine)
+    rows = read_tasks(Path(task), quarantine=quarantine, describe=describe)
     examples = [example for example in rows if split_of(same_question(example.question).casefold(), ()) == split]
     if note and len(examples) > size:
         flag = "--train-size" if split == "train" else "--eval-size"

@@ -2,7 +2,7 @@
 
 Each turn of `multi_turn_base` is cut out at the official prefix: the question tells what was asked and called before,
 the world stands where the official calls left it, and the turn is right when the leaderboard's own checks of it hold
-(see bfcl_world.py). The four worlds are split in two: file system and car, things that a user works on and looks at,
+(see bfcl_calls.py). The four worlds are split in two: file system and car, things that a user works on and looks at,
 are trained on; broker and travel agency, where numbers, tokens and prices that one call returns must be handed to the
 next, are `bfcl_turns_ood`. The APIs that accompany them (messages, posts, tickets, mathematics) occur on both sides.
 All turns of a conversation are in the same split. Turns whose official calls neither change the world nor return
@@ -23,7 +23,7 @@ from random import Random
 from typing import Any
 
 from lite_mentor.errors import UserError
-from lite_mentor.tasks import SPLITS, Split, bfcl_world, make_example, split_of
+from lite_mentor.tasks import SPLITS, Split, bfcl_calls, bfcl_world, make_example, split_of
 from lite_mentor.tasks.bfcl import json_schema
 from lite_mentor.tools import render_call
 from lite_mentor.types import Example, ToolSpec, World
@@ -84,7 +84,7 @@ def _turns(name: str) -> tuple[Example, ...]:
 
 def _of_entry(suite: str, api: str, entry: bfcl_world.Entry) -> Iterator[Example]:
     tools = [_tool(function) for class_name in entry.classes for function in bfcl_world.documents(class_name)]
-    before, after = bfcl_world.World(entry), bfcl_world.World(entry)
+    before, after = bfcl_calls.World(entry), bfcl_calls.World(entry)
     told: list[str] = []
     returned: Counter[str] = Counter()
     for turn, (asked, official) in enumerate(zip(entry.asked, entry.gold, strict=True)):
@@ -98,7 +98,7 @@ def _of_entry(suite: str, api: str, entry: bfcl_world.Entry) -> Iterator[Example
                 tools,
                 suite=suite,
                 checker="state",
-                world=World({"entry": entry.id, "turn": turn}, judge="lite_mentor.tasks.bfcl_world:judge"),
+                world=World({"entry": entry.id, "turn": turn}, judge="lite_mentor.tasks.bfcl_calls:judge"),
                 level=len(official),
                 template=api,
                 entry=entry.id,
@@ -116,7 +116,7 @@ def _tool(function: Mapping[str, Any]) -> ToolSpec:
     """A published function, without the paragraph on its API that stands before each description."""
     schema = {"type": "object", "properties": {}, **json_schema(function["parameters"]), "additionalProperties": False}
     description = function["description"].rpartition("Tool description: ")[2]
-    return ToolSpec(function["name"], description, schema, path="lite_mentor.tasks.bfcl_world:step")
+    return ToolSpec(function["name"], description, schema, path="lite_mentor.tasks.bfcl_calls:step")
 
 
 def _short(result: str) -> str:

@@ -12,7 +12,7 @@ Ours:
               compares words as "text" does; else "text"
     suite     optional, a name for the statistics; the file's name when absent
 
-A module named in `tools` is imported here, to read the function's signature; calls of it run in a worker process.
+A module named in `tools` is imported in worker processes alone, to read the function's signature and to run calls.
 
 The published MENTOR data: `question`, `reward_model.ground_truth`, `extra_info.func_schemas`, and optionally
 `data_source`. Rows whose functions are all among our calculators are read, others set aside;
@@ -22,7 +22,6 @@ the code that such rows carry is never run.
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import logging
 import math
@@ -32,7 +31,7 @@ from typing import Any
 
 from lite_mentor.errors import UserError
 from lite_mentor.judge import MAX_ANSWER_CHARS, is_correct, is_mathematics
-from lite_mentor.tasks import make_example, same_question
+from lite_mentor.tasks import Describe, make_example, same_question
 from lite_mentor.tools import calculator_tools, tool_spec
 from lite_mentor.types import Example, ToolSpec
 
@@ -50,19 +49,19 @@ class _Unsupported(_BadRow):
     """A sound row of the published data whose tools we do not have: set aside, but no fault of the file."""
 
 
-def read_tasks(path: str | Path, *, quarantine: Path) -> list[Example]:
+def read_tasks(path: str | Path, *, quarantine: Path, describe: Describe) -> list[Example]:
     """The examples of a file, in its order.
 
     Rows that cannot be used go to the file `quarantine` as {"line", "reason", "row"}. Raises UserError when the file
     cannot be read, when more than 5 % of its rows are bad, and when no example is left.
     """
     path = Path(path)
-    rows = list(_rows(path))
+    rows, describe = list(_rows(path)), _once(describe)
     examples: dict[int, Example] = {}
     reasons: dict[int, _BadRow] = {}
     for line, row in rows:
         try:
-            examples[line] = _example(_parse(row), suite=path.stem)
+            examples[line] = _example(_parse(row), path.stem, describe)
         except _BadRow as error:
             reasons[line] = error
     reasons |= _repeated(examples)
@@ -168,7 +167,7 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
-def _example(row: Mapping[str, Any], *, suite: str) -> Example:
+def _example(row: Mapping[str, Any], suite: str, describe: Describe) -> Example:
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise _BadRow("`question` is missing, empty or not text")
@@ -184,7 +183,8 @@ def _example(row: Mapping[str, Any], *, suite: str) -> Example:
     suite = row.get("suite") or suite
     if not isinstance(suite, str):
         raise _BadRow("`suite` must be text")
-    return _checked(make_example(question, answers, _tools(row.get("tools")), suite=suite, checker=checker))
+    tools = _tools(row.get("tools"), describe)
+    return _checked(make_example(question, answers, tools, suite=suite, checker=checker))
 
 
 def _checked(example: Example) -> Example:
@@ -208,19 +208,39 @@ def _answers(value: Any, name: str) -> list[str]:
     return answers
 
 
-def _tools(names: Any) -> list[ToolSpec]:
+def _tools(names: Any, describe: Describe) -> list[ToolSpec]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise _BadRow("`tools` must be a list of tool names, and not empty")
-    tools = [_tool(name) for name in names]
+    tools = [_tool(name, describe) for name in names]
     if len({tool.name for tool in tools}) < len(tools):
         raise _BadRow("two of the `tools` have the same name")
     return tools
 
 
-def _tool(name: str) -> ToolSpec:
+def _tool(name: str, describe: Describe) -> ToolSpec:
     if name == "python":
         return python_tool()
-    return _user_tool(name) if ":" in name else _calculator(name)
+    if ":" not in name:
+        return _calculator(name)
+    return describe(name)
+
+
+def _once(describe: Describe) -> Describe:
+    """It as often as there are tools and not rows; what cannot be described raises _BadRow for each of them."""
+    known: dict[str, ToolSpec | UserError] = {}
+
+    def described(name: str) -> ToolSpec:
+        if name not in known:
+            try:
+                known[name] = describe(name)
+            except UserError as error:
+                known[name] = error
+        found = known[name]
+        if isinstance(found, UserError):
+            raise _BadRow(str(found).rstrip(".")) from found
+        return found
+
+    return described
 
 
 @functools.cache
@@ -241,22 +261,6 @@ def _calculator(name: str) -> ToolSpec:
             return tool
     known = ", ".join(tool.name for tool in calculator_tools())
     raise _BadRow(f"there is no built-in tool {name[:40]!r}; use module:function, python, or one of {known}")
-
-
-@functools.cache
-def _user_tool(path: str) -> ToolSpec:
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever a stranger's module raises when it is imported
-        why = f"{type(error).__name__}: {error}"
-        raise _BadRow(f"the tool {path} cannot be imported ({why}); is its folder on PYTHONPATH?") from error
-    if not callable(function):
-        raise _BadRow(f"the tool {path} is not a function")
-    try:
-        return tool_spec(function, path=path)
-    except UserError as error:
-        raise _BadRow(str(error).rstrip(".")) from error
 
 
 def _published_example(row: Mapping[str, Any], suite: str) -> Example:
