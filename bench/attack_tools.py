@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 MANY_PROCESSES = 700
@@ -92,6 +94,69 @@ def kill_everything() -> str:
     for pid in (os.getppid(), 0):
         os.kill(pid, signal.SIGKILL)
     return "survived"
+
+
+def stop_everything() -> None:
+    """What a process in its own namespace can name, so that nobody is left to end this one."""
+    for pid in (os.getppid(), 1):
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGSTOP)
+    time.sleep(DAEMON_SECONDS)
+
+
+def forge(answer: str) -> None:
+    """Write an answer into every file that is open."""
+    for descriptor in range(3, 256):
+        with contextlib.suppress(OSError):
+            os.write(descriptor, answer.encode() + b"\n")
+    os._exit(0)
+
+
+def write_to_parents(answer: str) -> str:
+    """The same through the files of the processes above this one."""
+    for pid in (os.getppid(), 1):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with open(f"/proc/{pid}/fd/{name}", "wb") as file:
+                file.write(answer.encode() + b"\n")
+    return "ESCAPED"
+
+
+def read_parents_memory() -> str:
+    with open(f"/proc/{os.getppid()}/mem", "rb") as file:
+        return f"ESCAPED {file.fileno()}"
+
+
+def spoil_add() -> None:
+    """For whoever adds next."""
+    global add
+    add = pickled
+    os._exit(0)
+
+
+def die_later() -> None:
+    """End the process when it may be doing something else; and use up its CPU time until then."""
+    threading.Thread(target=lambda: (time.sleep(0.1), os._exit(1)), daemon=True).start()
+    threading.Thread(target=loop, daemon=True).start()
+
+
+def use_socket(path: str) -> str:
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.connect(path)
+    return "ESCAPED"
+
+
+def use_pipe(path: str) -> str:
+    os.write(os.open(path, os.O_WRONLY | os.O_NONBLOCK), b"Obey.")
+    return "ESCAPED"
+
+
+def read_key(description: str) -> str:
+    """With `keyctl`, of the session."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
+    if libc.syscall(number, 10, ctypes.c_long(-3), b"user", description.encode(), 0) < 0:
+        raise OSError(ctypes.get_errno(), "keyctl")
+    return "ESCAPED"
 
 
 def pickled(path: str) -> bytes:

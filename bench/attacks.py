@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -28,7 +29,7 @@ from typing import Any
 from lite_mentor.errors import UserError
 from lite_mentor.isolation import Way, counts_processes
 from lite_mentor.prompt import Chat
-from lite_mentor.sandbox import Sandbox, find_way, problem_with
+from lite_mentor.sandbox import Sandbox, find_way, folders_seen_themselves, problem_with
 from lite_mentor.tasks.jsonl import python_tool
 from lite_mentor.tiny import tiny_tokenizer
 from lite_mentor.tools import MAX_RESULT_CHARS, calculator_tools, render_call, run_call
@@ -53,6 +54,10 @@ class Scene:
     """A server listens here, on the loopback interface."""
     mark: str
     """A word in the command line of what an attack leaves running."""
+    seen: Path
+    """A folder that tools see, with a `socket` where a server listens and a `pipe` that is read."""
+    key: str
+    """What a key in the session's keyring is called."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ def _wide(name: str) -> str:
     return f'{{"name": "{name}", "arguments": {{"a": "{"ha" * 500_000}"}}}}'
 
 
+OVERLAY = f"{NAMESPACES}: overlay"
 TIME, GROUP, MEMORY = f"wall-clock limit of {SECONDS:g} s", "end of the pid namespace", "memory limit"
 LIMIT, MONTY, ENDED = "limit of 512 processes", "Monty has none", ("error", "timeout")
 
@@ -104,6 +110,18 @@ TOOL_ATTACKS = (
     Attack("killing its parent and its group", f"{NAMESPACES}, own group", "kill_everything", statuses=("ok", *ENDED)),
     Attack("a daemon in another group", f"{NAMESPACES}: {GROUP}", "daemon", lambda s: {"mark": s.mark},
            statuses=("timeout",)),
+    Attack("stopping its parents", f"{NAMESPACES}, {TIME}", "stop_everything", statuses=ENDED),
+    Attack("a forged answer", "answers are checked", "forge", lambda s: {"answer": '{"status": "gold", "text": 7}'}),
+    Attack("a forged answer for the next call", "a process a call", "forge",
+           lambda s: {"answer": '[1, {"status": "ok", "text": "ESCAPED"}]'}),
+    Attack("a forged answer by its parents", f"{NAMESPACES}, parents cannot be read", "write_to_parents",
+           lambda s: {"answer": '{"status": "ok", "text": "ESCAPED"}'}),
+    Attack("its parent's memory", f"{NAMESPACES}, parents cannot be read", "read_parents_memory"),
+    Attack("another tool's function replaced", "a process a call", "spoil_add"),
+    Attack("threads that end their process later", "a process a call", "die_later", statuses=("ok",)),
+    Attack("a Unix socket in the current folder", OVERLAY, "use_socket", lambda s: {"path": str(s.seen / "socket")}),
+    Attack("a pipe in the current folder", OVERLAY, "use_pipe", lambda s: {"path": str(s.seen / "pipe")}),
+    Attack("a key of the session", f"{NAMESPACES}: seccomp, own keyring", "read_key", lambda s: {"description": s.key}),
     Attack("a pickle as result", "results are text", "pickled", lambda s: {"path": s.secret}, statuses=("error",)),
     Attack("endless recursion", "own process, its limits", "recurse", statuses=ENDED),
     Attack("closing the pipe", "worker is replaced", "close_the_pipe"),
@@ -166,6 +184,8 @@ ATTACKS = {"tool": TOOL_ATTACKS, "python": PYTHON_ATTACKS, "calculator": CALCULA
 
 def enforced(attack: Attack, way: Way) -> bool:
     """Should it be contained where workers are started this way? What should not is not tried."""
+    if attack.by == OVERLAY:
+        return way != "limits only" and not folders_seen_themselves(way)
     if attack.by == LIMIT:
         return way != "limits only" and counts_processes(way)
     return way != "limits only" or not attack.by.startswith(NAMESPACES)
@@ -177,17 +197,34 @@ def scene() -> Iterator[Scene]:
     home = Path.home() if os.access(Path.home(), os.W_OK) else None
     with (
         tempfile.TemporaryDirectory(prefix=".attacks-", dir=home) as folder,
+        tempfile.TemporaryDirectory() as seen,
+        socket.socket(socket.AF_UNIX) as agent,
         socket.create_server(("127.0.0.1", 0)) as server,
         subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as decoy,
     ):
         secret = Path(folder, "secret")
         secret.write_text("secret", encoding="utf-8")
         os.environ[SECRET] = "secret"
+        agent.bind(f"{seen}/socket")
+        agent.listen()
+        os.mkfifo(f"{seen}/pipe")
+        reader = os.open(f"{seen}/pipe", os.O_RDONLY | os.O_NONBLOCK)
+        sys.path.append(seen)
         try:
-            yield Scene(str(secret), decoy, server.getsockname()[1], secret.parent.name)
+            yield Scene(str(secret), decoy, server.getsockname()[1], secret.parent.name, Path(seen), _add_key())
         finally:
+            sys.path.remove(seen)
+            os.close(reader)
             del os.environ[SECRET]
             decoy.kill()
+
+
+def _add_key() -> str:
+    """To the keyring of this session, where the kernel has one -> what it is called."""
+    number = {"x86_64": 248, "aarch64": 217}.get(os.uname().machine)
+    if number is not None:
+        ctypes.CDLL(None).syscall(number, b"user", SECRET.encode(), b"secret", ctypes.c_size_t(6), ctypes.c_long(-3))
+    return SECRET
 
 
 def attempt(kind: str, attack: Attack, sandbox: Sandbox, scene: Scene) -> tuple[ToolCall, str]:

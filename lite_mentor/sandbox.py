@@ -265,6 +265,11 @@ def problem_with(way: Way) -> str:
     return _examined(way)[0]
 
 
+def folders_seen_themselves(way: Way) -> str:
+    """Of what workers see this way, the folders whose sockets, pipes and locks are within their reach."""
+    return _examined(way)[1]
+
+
 @functools.cache
 def _examined(way: Way) -> tuple[str, str]:
     """Start a worker this way, and let it look around -> what is wrong, and folders that it sees themselves."""
@@ -304,6 +309,6 @@ def _note(way: Way, reason: str) -> str:
         limits += ", but not the number of processes, for you are root"
     if way == "limits only":
         return f"sandbox: {reason}: TOOLS CAN READ AND CHANGE YOUR FILES AND USE THE NETWORK; {limits}"
-    exposed = _examined(way)[1]
+    exposed = folders_seen_themselves(way)
     sockets = f"; Unix sockets, pipes and locks in {exposed} are within reach" if exposed else ""
     return f"sandbox: no network, read-only files, own processes ({way}); {limits}{sockets}"

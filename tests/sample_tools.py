@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from decimal import Decimal
 from typing import Any
 
@@ -95,6 +98,90 @@ def loop_in_child(port: int) -> None:
 def leave_a_loop_behind() -> str:
     threading.Thread(target=loop, daemon=True).start()
     return "left"
+
+
+def die_later() -> str:
+    """Ends its process, once it has answered."""
+
+    def die():
+        time.sleep(0.1)
+        os._exit(1)
+
+    threading.Thread(target=die, daemon=True).start()
+    return "fine"
+
+
+def leave_a_process_behind(mark: str, own_group: bool) -> str:
+    command = [sys.executable, "-c", "import time; time.sleep(60)", mark]
+    subprocess.Popen(command, start_new_session=own_group)
+    return "left"
+
+
+def kill_parent() -> str:
+    os.kill(os.getppid(), signal.SIGKILL)
+    return "killed"
+
+
+def sleep(mark: str) -> None:
+    """A process of this group, and a wait."""
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(60)", mark], check=True)
+
+
+def rename_add() -> str:
+    global add
+    add = echo
+    return "renamed"
+
+
+def draw() -> list[float]:
+    """Numbers that differ from call to call."""
+    import random
+
+    import numpy as np
+
+    return [random.random(), float(np.random.random())]
+
+
+def say(frame: str) -> None:
+    """Writes the line to every file that is open, and answers nothing itself."""
+    for descriptor in range(3, 64):
+        try:
+            os.write(descriptor, frame.encode() + b"\n")
+        except OSError:
+            continue
+    os._exit(0)
+
+
+def use_socket(path: str) -> str:
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(path)
+    return "connected"
+
+
+def use_pipe(path: str) -> str:
+    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    return "opened"
+
+
+def hold_lock(path: str, seconds: float) -> str:
+    import fcntl
+
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(seconds)
+    return "held"
+
+
+def read_key(description: str) -> str:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
+    for keyring in (-3, -4, -5):  # of the session, of the user, of the user's session
+        key = libc.syscall(number, 10, ctypes.c_long(keyring), b"user", description.encode(), 0)
+        if key >= 0:
+            return "found"
+    return os.strerror(ctypes.get_errno())
 
 
 def huge() -> str:

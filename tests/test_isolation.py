@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import socket
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +59,99 @@ def test_of_the_home_folder_only_modules_are_seen_even_when_it_is_the_current_on
     (tmp_path / "key").write_text("secret")
     with Sandbox(1, way=way) as workers:
         assert workers.call("tool_at_home:tool", {"path": str(tmp_path / "key")}) == ("ok", "False /tmp")
+
+
+@linux
+def test_sockets_pipes_and_locks_of_visible_folders_are_out_of_reach_where_these_are_overlays(way, tmp_path):
+    folder = tmp_path / r"a:b,c \d"  # what an overlay's options would take for something else
+    folder.mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "file").touch()
+    reader = os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(folder), Sandbox(1, 20.0, way) as workers:
+        listener.bind("socket")
+        listener.listen()
+        exposed = workers.call("lite_mentor.isolation:exposed", {"devices": isolation.devices()})[1]
+        reached = [
+            workers.call(f"sample_tools:use_{kind}", {"path": str(folder / kind)})[0] == "ok"
+            for kind in ("socket", "pipe")
+        ]
+        reached.append(not can_be_locked_meanwhile(workers, folder / "file"))
+    os.close(reader)
+    assert reached == [str(folder) in exposed] * 3
+
+
+def can_be_locked_meanwhile(workers: Sandbox, file: Path) -> bool:
+    """Can it be locked here all the time while a tool locks what it sees under that name?"""
+    import fcntl
+
+    result: list[tuple[str, str]] = []
+    call = "sample_tools:hold_lock", {"path": str(file), "seconds": 0.3}
+    thread = threading.Thread(target=lambda: result.append(workers.call(*call)))
+    thread.start()
+    free = True
+    with file.open("a") as mine:
+        while thread.is_alive():
+            try:
+                fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(mine, fcntl.LOCK_UN)
+            except BlockingIOError:
+                free = False
+            time.sleep(0.01)  # so that the tool finds it free
+    thread.join()
+    assert result == [("ok", "held")]
+    return free
+
+
+@linux
+def test_the_sessions_keys_are_out_of_reach(way):
+    libc, number = ctypes.CDLL(None, use_errno=True), {"x86_64": 248, "aarch64": 217}[os.uname().machine]
+    if libc.syscall(number, b"user", b"a key of the tests", b"secret", ctypes.c_size_t(6), ctypes.c_long(-3)) < 0:
+        pytest.skip(f"this machine keeps no keys ({os.strerror(ctypes.get_errno())})")
+    answers = {}
+    for how in ("limits only", way):
+        with Sandbox(1, way=how) as workers:
+            answers[how] = workers.call("sample_tools:read_key", {"description": "a key of the tests"})[1]
+    assert answers == {"limits only": "found", way: "Operation not permitted"}
+
+
+GRANTED = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+mount = lambda kind, options: libc.mount(kind, b"/sys", kind, ctypes.c_ulong(0), options) == 0
+owner = f"65534 {os.getuid()} 1", f"65534 {os.getgid()} 1"
+if libc.unshare(0x7C020000) == 0:
+    for name, text in zip(("setgroups", "uid_map", "gid_map"), ("deny", *owner)):
+        open(f"/proc/self/{name}", "w").write(text)
+    if libc.mount(None, b"/", None, ctypes.c_ulong(0x44000), None) == 0 and mount(b"tmpfs", b""):
+        print("namespaces")
+        os.mkdir("/sys/empty")
+        print("overlay" if mount(b"overlay", b"lowerdir=/sys/empty:" + sys.argv[1].encode()) else "")
+"""
+
+
+@linux
+def test_a_machine_that_grants_isolation_isolates(tmp_path, monkeypatch):
+    """What the kernel and bubblewrap grant is asked without our code: where that breaks, nothing else may skip."""
+    monkeypatch.chdir(tmp_path)
+    granted = subprocess.run([sys.executable, "-c", GRANTED, str(tmp_path)], capture_output=True, text=True).stdout
+    if "namespaces" in granted and not isolation.unavailable("user namespaces"):
+        assert problem_with("user namespaces") == ""
+    if "overlay" in granted and not isolation.unavailable("user namespaces"):
+        with Sandbox(1, way="user namespaces") as workers:
+            assert (
+                workers.call("lite_mentor.isolation:exposed", {"devices": {str(tmp_path): tmp_path.stat().st_dev}})[1]
+                == ""
+            )
+    probe = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
+    if not isolation.unavailable("bubblewrap") and subprocess.run(probe, capture_output=True).returncode == 0:
+        assert problem_with("bubblewrap") == ""
+
+
+def test_folders_that_a_tool_sees_themselves_are_named(monkeypatch):
+    monkeypatch.setattr(sandbox, "_examined", lambda way: ("", "/a, /b"))
+    assert Sandbox(way="bubblewrap").note.endswith("; Unix sockets, pipes and locks in /a, /b are within reach")
+    assert "reach" not in Sandbox(way="limits only").note
 
 
 def test_no_visible_folder_lies_in_another(tmp_path, monkeypatch):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from sample_tools import add, echo
@@ -132,8 +136,117 @@ def test_what_a_tool_started_ends_with_it():
             assert connection.recv(1) == b""
 
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="all calls share a process")
+
+
 def test_a_loop_left_behind_does_not_stop_the_next_call(call):
     assert call("leave_a_loop_behind") == ("ok", "left")
+
+
+@needs_fork
+def test_a_thread_that_ends_its_process_later_ends_no_other_call(call):
+    assert call("die_later") == ("ok", "fine")
+    time.sleep(0.2)
+
+
+@needs_fork
+def test_nothing_that_a_call_changes_is_there_in_the_next_one(call):
+    assert call("rename_add") == ("ok", "renamed")
+    assert len({call("draw") for _ in range(3)}) == 3  # and what is random stays so
+
+
+@needs_fork
+def test_a_call_cannot_end_the_calls_after_it(call):
+    assert call("kill_parent") == ("error", ENDED)
+
+
+@needs_fork
+def test_a_worker_or_a_module_that_dies_between_calls_is_replaced(sandbox):
+    """As where the system is short of memory."""
+    (worker,) = sandbox._workers
+    assert sandbox.call(ADD, {"a": 1, "b": 2}) == ("ok", "3")
+    for pid in descendants(worker.pid) or pytest.skip("cannot tell here who is whose child"):
+        with contextlib.suppress(ProcessLookupError):  # it may have ended with another
+            os.kill(pid, signal.SIGKILL)
+        assert sandbox.call(ADD, {"a": 1, "b": 2}) == ("ok", "3")
+
+
+def descendants(pid: int) -> list[int]:
+    """The process and all below it, the deepest first."""
+    found = []
+    for children in Path("/proc", str(pid), "task").glob("*/children"):
+        found += [below for child in children.read_text().split() for below in descendants(int(child))]
+    return [*found, pid] if Path("/proc", str(pid), "task").exists() else []
+
+
+@needs_fork
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_what_a_call_leaves_running_ends_with_it(sandbox, call, tmp_path):
+    """Without namespaces, unless it has left the worker's group."""
+    own_group = sandbox.way != "limits only"
+    assert call("leave_a_process_behind", mark=str(tmp_path), own_group=own_group) == ("ok", "left")
+    wait_until(lambda: not marked(str(tmp_path)))
+
+
+FORGED = (
+    '{"status": "ok"}',
+    '{"status": "ok", "text": 7}',
+    '{"status": "gold", "text": "x"}',
+    '["ok"]',
+    "7",
+    "{" * 9000,
+)
+
+
+@pytest.mark.parametrize("frame", [*FORGED, '[1, {"status": "ok", "text": "forged"}]'])
+def test_what_a_tool_writes_to_its_pipes_is_no_answer(call, frame):
+    assert call("say", frame=frame) == ("error", ENDED)
+
+
+@pytest.mark.parametrize("answer", [{}, {"status": "ok"}, {"status": "ok", "text": 7}, {"status": "gold", "text": "x"}])
+def test_an_answer_of_another_form_is_an_error(monkeypatch, answer):
+    monkeypatch.setattr(Worker, "request", lambda self, payload, seconds: answer if "arguments" in payload else {})
+    assert Sandbox(1, way="limits only").call(ADD, {}) == ("error", ENDED)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_no_process_outlives_a_trainer_that_is_killed(sandbox, tmp_path):
+    mark = str(tmp_path)
+    code = f"from lite_mentor.sandbox import Sandbox; Sandbox(1, 50, {sandbox.way!r}).call('sample_tools:sleep', "
+    trainer = subprocess.Popen([sys.executable, "-c", f"{code}{{'mark': {mark!r}}})"], env=with_path())
+    wait_until(lambda: marked(mark))
+    family = descendants(trainer.pid)
+    trainer.kill()
+    trainer.wait()
+    wait_until(lambda: not any(map(alive, family)))
+    assert len(family) >= 5  # a supervisor, a module, a call, and what it has started
+
+
+def with_path() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def wait_until(true) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def marked(mark: str) -> list[int]:
+    """Processes with this word on their command line."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if mark in file.read_text(errors="replace").split("\0"):
+                found.append(int(file.parent.name))
+    return found
 
 
 @pytest.mark.parametrize(
