@@ -279,6 +279,46 @@ def test_a_module_that_ends_the_process_stops_the_run(tmp_path, monkeypatch, bod
             sandbox.describe("deadly_module:tool")
 
 
+def test_a_tool_is_described_without_importing_its_module_here(tmp_path, monkeypatch):
+    code = "import os\nseen = ' '.join(os.environ)\ndef tool(a: int = 1) -> str:\n    'What it saw.'\n    return seen\n"
+    (tmp_path / "curious_module.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with Sandbox(workers=1) as sandbox:
+        spec, (_, seen) = sandbox.describe("curious_module:tool"), sandbox.call("curious_module:tool", {})
+    properties = {"a": {"type": "integer", "default": 1}}
+    assert (spec.name, spec.description, spec.path) == ("tool", "What it saw.", "curious_module:tool")
+    assert spec.parameters == {
+        "type": "object", "properties": properties, "required": [], "additionalProperties": False,
+    }  # fmt: skip
+    assert "PATH" in seen.split()
+    assert "OPENAI_API_KEY" not in seen
+    assert "curious_module" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("def tool(a):\n    'A.'", "Tool odd_module:tool: parameter a has no annotation; say its type."),
+        ("import pathlib\ndef tool(a: str = pathlib.Path('x')):\n    'A.'",
+         "Tool odd_module:tool: the default of a, PosixPath('x'), is nothing that JSON can hold; use None and choose "
+         "in the function."),
+        ("raise ValueError('no')", "The tool odd_module:tool cannot be imported (ValueError: no); is its folder on "
+         "PYTHONPATH?"),
+        ("import sys\nsys.modules['lite_mentor.tools'].tool_spec = lambda *a, **k: type('', (), dict(name='tool', "
+         "description='', parameters={'type': 'object', 'patternProperties': {'(a+)+$': {}}}))()\n"
+         "def tool():\n    'A.'",
+         "Tool odd_module:tool: its module says of it what no function is; describe it by hints and docstring."),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_described_is_the_users_error(tmp_path, monkeypatch, code, reason):
+    (tmp_path / "odd_module.py").write_text("import lite_mentor.tools\n" + code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Sandbox(workers=1) as sandbox, pytest.raises(UserError) as caught:
+        sandbox.describe("odd_module:tool")
+    assert str(caught.value) == reason
+
+
 def test_secrets_of_the_environment_stay_here(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     with Sandbox(workers=1) as sandbox:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Dict, List, Literal, Optional, TypedDict  # noqa: UP035
 
@@ -18,11 +19,13 @@ from lite_mentor.tools import (
     MAX_RESULT_CHARS,
     ToolError,
     calculator_tools,
+    read_spec,
     render_call,
     run_call,
     signature,
     tool_spec,
 )
+from lite_mentor.types import ToolSpec
 
 TOOLS = calculator_tools()
 
@@ -428,6 +431,48 @@ def test_garbage_is_bad_json(raw, sentence):
 def test_an_integer_with_too_many_digits_for_python_is_refused():
     call = run_call('{"name": "add", "arguments": {"a": ' + "9" * 5000 + ', "b": 1}}', TOOLS)
     assert call.status in ("bad_json", "error")  # older Pythons convert it, and the sum is too large
+
+
+SOUND = {"name": "tool", "description": "What it does.", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "minimum": 1, "maximum": 5},
+        {"pattern": "(a+)+$"}, {"$ref": "http://localhost/schema"}, {"$dynamicRef": "#x"}, {"type": 5}, {"type": "odd"},
+        {"items": {"pattern": "a"}}, {"anyOf": [{"type": "string"}, {"format": "x"}]}, {"anyOf": []}, {"enum": 3},
+        {"additionalProperties": {"not": {}}}, {"properties": {"b": {"allOf": [{}]}}}, [], None, 3,
+    ],
+)  # fmt: skip
+def test_a_described_tool_has_the_keywords_of_described_functions_alone(schema):
+    row = SOUND | {"parameters": {"type": "object", "properties": {"a": schema}}}
+    with pytest.raises(UserError, match="says of it what no function is"):
+        read_spec(row, "m:tool")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": 3}, {"name": "a\nb"}, {"description": None}, {"parameters": None}, {"parameters": True},
+     {"parameters": {"type": "array"}}, {"parameters": {"properties": {}}}],
+)  # fmt: skip
+def test_a_description_has_a_name_a_text_and_an_object_of_parameters(change):
+    assert read_spec(SOUND, "m:tool") == ToolSpec("tool", "What it does.", SOUND["parameters"], path="m:tool")
+    with pytest.raises(UserError, match="says of it what no function is"):
+        read_spec(SOUND | change, "m:tool")
+
+
+def test_every_function_that_can_be_described_is_read_back():
+    def tool(
+        a: int, b: list[dict[str, float | None]], c: Annotated[Literal["x", "y"], "one of two"] = "x",
+        d: str | None = None, e: Any = None, f: dict | list | bool = False,
+    ):  # fmt: skip
+        """What it does."""
+
+    spec = tool_spec(tool, path="m:tool")
+    assert read_spec(json.loads(json.dumps(vars(spec) | {"function": None})), "m:tool") == spec
+    for ours in calculator_tools():
+        assert read_spec({"name": ours.name, "description": ours.description, "parameters": ours.parameters}, "p")
 
 
 def test_a_path_tool_goes_to_the_worker_with_checked_arguments():
