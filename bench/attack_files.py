@@ -6,6 +6,7 @@ accepted, if what they hold is sound.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -28,6 +29,7 @@ from lite_mentor.config import PRESETS, Config, check, load, parse
 from lite_mentor.errors import UserError
 from lite_mentor.prompt import Chat
 from lite_mentor.reward import strict_reward
+from lite_mentor.sandbox import Sandbox
 from lite_mentor.sft import teacher_rollout
 from lite_mentor.tasks import make_example
 from lite_mentor.tasks.jsonl import read_tasks
@@ -179,7 +181,7 @@ def check_tasks(lines: list[str], folder: Path) -> None:
     aside = folder / "quarantine.jsonl"
     aside.unlink(missing_ok=True)
     with _refusal():
-        examples = read_tasks(folder / "tasks.jsonl", quarantine=aside)
+        examples = read_tasks(folder / "tasks.jsonl", quarantine=aside, describe=_workers().describe)
         rejected = [json.loads(line) for line in aside.read_text().splitlines()] if aside.exists() else []
         assert len(examples) + len(rejected) == sum(bool(line.strip()) for line in content.split(b"\n"))
         assert all(row["reason"] for row in rejected)
@@ -189,6 +191,13 @@ def check_tasks(lines: list[str], folder: Path) -> None:
             assert all(answer.strip() for answer in example.answer)
             assert example.tools
             " ".join((example.question, *example.answer, example.suite)).encode()
+
+
+@functools.cache
+def _workers() -> Sandbox:
+    workers = Sandbox(1, way="limits only")
+    atexit.register(workers.close)
+    return workers
 
 
 # --- configuration ---------------------------------------------------------------------------------------------

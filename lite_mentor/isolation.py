@@ -110,7 +110,7 @@ def _overlays(path: str) -> bool:
 
 
 def visible() -> list[str]:
-    """The files and folders that a worker needs, none beneath another."""
+    """The files and folders that a worker needs, none beneath another that is shown in the same way."""
     real = os.path.dirname(os.path.dirname(os.path.realpath(sys.executable)))
     folders = [*_SYSTEM, real, sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix]
     folders += [*os.environ.get("LD_LIBRARY_PATH", "").split(":"), str(Path(__file__).parent.parent)]
@@ -119,7 +119,12 @@ def visible() -> list[str]:
         if folder and os.path.exists(folder):
             folder = os.path.abspath(folder)
             shown.update(_modules(folder) if _too_much(folder) else [folder])
-    return [p for p in sorted(shown) if not any(p.startswith(other + "/") for other in shown)]
+    return [p for p in sorted(shown) if not any(_within(p, other) for other in shown)]
+
+
+def _within(path: str, other: str) -> bool:
+    """A folder of the user's in one of the system's is shown otherwise than that is."""
+    return path.startswith(other + "/") and (path in _SYSTEM or other not in _SYSTEM)
 
 
 def _too_much(folder: str) -> bool:
