@@ -3,7 +3,8 @@
 Limited everywhere: wall-clock time (the worker and everything it started are killed), CPU time, memory, the size of a
 file, the number of open files and of processes, the length of a result. A worker sees only the environment variables
 that importing needs, so no keys or tokens, and what it prints goes nowhere. Every call has a process of its own, forked
-from one that has imported the tool's module (worker.py): calls leave nothing behind, and cannot answer for each other.
+from one that has imported the tool's module (worker.py): calls cannot answer for each other, and what they leave behind
+is files at most.
 
 On Linux, workers also run in namespaces where the machine allows it (isolation.py; `find_way` tries it once, and
 `Sandbox.note` says what was found): no network, not even loopback; the folders that importing needs, read-only, and a

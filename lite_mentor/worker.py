@@ -7,8 +7,8 @@ As a program it runs tools by their import path, in three kinds of processes, ea
     a call each     runs the function, tells the result, and is killed, with its threads
 
 So no call can read or write what is between the trainer and another call: a tool cannot answer for another one, nothing
-that a call changes is there in the next one, and what it leaves running ends the worker (whose successor is fresh).
-Where there is no fork (Windows) all happens in one process. `serve` is for others that need such a process.
+that a call changes in memory is there in the next one, and what it leaves running ends the worker, whose successor is
+fresh. Where there is no fork (Windows) all happens in one process. `serve` is for others that need such a process.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def supervise(memory_bytes: int) -> None:
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     _silence()
     _limit(memory_bytes)
-    _be_readable(False)
+    _hide()
     modules: dict[str, _Module] = {}
     for line in requests:
         name, request = json.loads(line)
@@ -177,10 +177,10 @@ class _Module:
         _end_all()
 
 
-def _be_readable(readable: bool) -> None:
-    """May processes of the same user look into this one and its open files?"""
+def _hide() -> None:
+    """Let no process of the same user look into this one or those forked from it: their memory, their open files."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(4, int(readable), 0, 0, 0)  # PR_SET_DUMPABLE
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
 
 
 # --- the process of a module -----------------------------------------------------------------------------------
@@ -228,7 +228,6 @@ def _answer_in_child(request: Request, pipe: int) -> Mapping[str, Any]:
 def _call(request: Request, writing: int) -> NoReturn:
     """In the process of a call: run it, write what it gives, and never return."""
     try:
-        _be_readable(True)
         _silence()
         _set_limit(resource.RLIMIT_CPU, math.ceil(request["seconds"]) + 1, hard=True)
         if "numpy" in sys.modules:  # Python's own `random` is seeded anew by a fork, and NumPy's is not

@@ -61,6 +61,19 @@ def test_of_the_home_folder_only_modules_are_seen_even_when_it_is_the_current_on
         assert workers.call("tool_at_home:tool", {"path": str(tmp_path / "key")}) == ("ok", "False /tmp")
 
 
+@pytest.mark.parametrize("kind", ["a folder", "a module alone", "the root"])
+def test_nothing_that_is_seen_can_be_written_to(way, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tool(tmp_path, "tool_to_write")
+    place = {"a folder": tmp_path / "new", "a module alone": tmp_path / "tool_to_write.py", "the root": "/new"}[kind]
+    if kind == "a module alone":
+        monkeypatch.setenv("HOME", str(tmp_path))
+    with Sandbox(1, way=way) as workers:
+        status, text = workers.call("bench.attack_tools:write_file", {"path": str(place)})
+    assert status == "error"
+    assert text.startswith("Error: OSError: [Errno 30] Read-only file system")
+
+
 @linux
 def test_sockets_pipes_and_locks_of_visible_folders_are_out_of_reach_where_these_are_overlays(way, tmp_path):
     folder = tmp_path / r"a:b,c \d"  # what an overlay's options would take for something else
