@@ -123,7 +123,7 @@ def chats() -> dict[str, Chat]:
     made["ordinary"].add_tokens([AddedToken(f"<｜{role}｜>", special=False) for role in ("User", "Assistant")])
     made["ordinary"].chat_template = ORDINARY_ROLES
     for real in (cache_folder() / "students").glob("smollm2-135m*/tokenizer.json"):
-        made["smollm2-135m"] = AutoTokenizer.from_pretrained(real.parent)
+        made["smollm2-135m"] = AutoTokenizer.from_pretrained(real.parent, trust_remote_code=False)
     return {name: Chat(tokenizer) for name, tokenizer in made.items()}
 
 

@@ -38,7 +38,7 @@ def random_student(folder: Path, shape: str, **changes: object) -> Path:
         sizes.pop("architecture"), tie_word_embeddings=tied, max_position_embeddings=16_384, **special, **sizes
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     numbers = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     tensors, at = {}, 0
     for name, weight in model.state_dict().items():

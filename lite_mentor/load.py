@@ -114,7 +114,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return tiny_tokenizer()
     folder = resolve_student(name)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(f"--student {name}: its tokenizer cannot be loaded from {folder} ({reason}).") from error
@@ -140,7 +140,7 @@ def _read(folder: Path, name: str, quant: str, device: str, dtype: torch.dtype):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,

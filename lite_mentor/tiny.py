@@ -76,7 +76,9 @@ def tiny_student(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes | config))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(architecture, **sizes | config), trust_remote_code=False
+        )
         # The head stays frozen and random, so its rows must be long enough for a confident softmax: a normalised
         # hidden state along a row of length 5.7 has a logit of 64, and of -6 to 6 with the others.
         for embedding in dict.fromkeys((model.get_input_embeddings(), model.get_output_embeddings())):
