@@ -45,7 +45,7 @@ from torch import Tensor
 from lite_mentor import sft
 from lite_mentor.batch import pack
 from lite_mentor.config import parse
-from lite_mentor.errors import UserError
+from lite_mentor.errors import UserError, guard_terminal, say
 from lite_mentor.evaluate import evaluate
 from lite_mentor.log import Stopwatch, peak_memory_bytes, reserved_memory_bytes
 from lite_mentor.loss import StepMetrics, backward, batch_loss, old_logprobs
@@ -232,17 +232,18 @@ class StopRequest:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something to put right (said in one sentence), 130 interrupted."""
     folder = None
+    guard_terminal()
     try:
         with prepare(parse(argv)) as run:
             folder = run.out
             if not run.config.check:
                 train(run)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         where = f"; go on with: python train.py --resume {folder}" if folder else ""
-        print(f"interrupted{where}", file=sys.stderr)
+        say(f"interrupted{where}", sys.stderr)
         return 130
     return 0
 

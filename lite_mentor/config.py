@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lite_mentor.errors import UserError
+from lite_mentor.errors import UserError, printable
 
 NEUTRAL = frozenset(
     {
@@ -355,6 +355,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         kinds = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind is str:  # --help shows the settings of the run that is resumed
+        return type(value) is str and printable(value) == value
     return type(value) is kind or (kind is float and type(value) is int)
 
 
@@ -419,6 +421,10 @@ def check(config: Config) -> None:
         raise UserError(f"--device {config.device!r}: use auto, cpu or cuda.")
     if config.date and not _is_date(config.date):
         raise UserError(f"--date {config.date!r}: write a day as 2026-12-01.")
+    for name, value in config.asdict().items():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, str) and printable(part) != part:
+                raise UserError(f"--{name.replace('_', '-')} {part} holds a character that cannot be shown; rename it.")
     if not config.levels:
         raise UserError("--levels is empty; name at least one level, such as --levels 1 2.")
 

@@ -15,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lite_mentor.errors import printable, say
+
 _NAMES = {"sft": "cold start", "rl": "step"}
 _SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -56,10 +58,9 @@ class Display:
         if self._quiet:
             return
         if self._live:
-            self._live.console.print(Text(text))
+            self._live.console.print(_text(text))
         else:
-            encoding = sys.stdout.encoding or "ascii"
-            print(text.encode(encoding, "replace").decode(encoding), flush=True)
+            say(text)
 
     def close(self) -> None:
         """Leave the last state of the live display standing."""
@@ -69,22 +70,22 @@ class Display:
     def render(self) -> Panel | Text:
         """The live display: what a person wants to see at a glance."""
         if not self.history:
-            return Text("")
+            return _text("")
         row = self.history[-1]
         phase, total, eta = row["phase"], self._total(row["phase"]), self._eta()
         bar = Table.grid(padding=(0, 2))
         left = "" if eta is None else f"ETA {_duration(eta)}"
-        bar.add_row(ProgressBar(total=total, completed=row["step"] + 1, width=40), Text(left))
+        bar.add_row(ProgressBar(total=total, completed=row["step"] + 1, width=40), _text(left))
         grid = Table.grid(padding=(0, 2))
         for label, text in _fields(row).items():
             if label == "reward" and self._live and "utf" in self._live.console.encoding:
                 text += "  " + _sparkline([r.get("reward/mean") for r in self.history[-32:]])
-            grid.add_row(Text(label, style="dim"), Text(text))
+            grid.add_row(_text(label, "dim"), _text(text))
         for suite, results in self._accuracy.items():
-            grid.add_row(Text(suite, style="dim"), Text("  ".join(results)))
-        alarms = [Text(f"! {warning}", style="bold yellow") for warning in self._warnings]
+            grid.add_row(_text(suite, "dim"), _text("  ".join(results)))
+        alarms = [_text(f"! {warning}", "bold yellow") for warning in self._warnings]
         title = f"{self._config['preset']}  {self._config['student']}  {_NAMES[phase]} {row['step'] + 1}/{total}"
-        return Panel(Group(bar, grid, *alarms), title=Text(title), title_align="left")
+        return Panel(Group(bar, grid, *alarms), title=_text(title), title_align="left")
 
     def _total(self, phase: str) -> int:
         return self._total_steps if phase == "rl" else self._config["sft_steps"]
@@ -96,6 +97,11 @@ class Display:
         if None in recent:
             return None
         return sum(recent) / len(recent) * (self._total(last["phase"]) - last["step"] - 1)
+
+
+def _text(text: str, style: str = "") -> Text:
+    """Text in which no character and no [bold] means more than itself."""
+    return Text(printable(text), style)
 
 
 def step_line(metrics: Mapping[str, Any], total: int, eta: float | None) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
-from lite_mentor.errors import UserError
+from lite_mentor.errors import UserError, say
 from lite_mentor.judge import boxed
 from lite_mentor.prompt import parse_turn
 from lite_mentor.teach_options import Options, teacher_name
@@ -24,6 +25,8 @@ from lite_mentor.tools import RunCall
 from lite_mentor.transcript import Request, calls_in, flaw, record_of, request, with_calls
 from lite_mentor.types import Example, TeacherRecord, ToolCall
 
+NO_KEY = "none"
+"""What most local servers want."""
 RETRIES = 8
 REFUSALS = (400, 413, 422)
 """Statuses that are about one conversation: it outgrew the context, met a filter, or has a form that is not taken."""
@@ -79,9 +82,14 @@ class Endpoint:
             raise UserError("--source endpoint needs the openai client: pip install 'lite-mentor[teach]'") from error
         if not options.base_url or not options.model:
             raise UserError("--source endpoint needs --base-url and --model.")
+        self._key = os.environ.get("OPENAI_API_KEY") or NO_KEY
+        if not re.fullmatch(r"[!-~]+", self._key):
+            raise UserError(
+                "OPENAI_API_KEY holds a space, a line break or another character that no key has; set it again."
+            )
         self.client = openai.OpenAI(
             base_url=options.base_url,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",  # most local servers want none
+            api_key=self._key,
             max_retries=RETRIES,
             timeout=600,
             http_client=openai.DefaultHttpxClient(event_hooks={"response": [_fail_where_it_failed]}),
@@ -121,7 +129,7 @@ class Endpoint:
                 fault = held.fault(under_way=min(self.options.concurrency, len(examples) - done))
                 failures += [fault] if fault else []
         for note, count in sorted(self._notes.items()):
-            print(f"{note}: {count}", file=sys.stderr)
+            say(f"{note}: {count}", sys.stderr)
         yield from held.rest()
         if failures:
             raise failures[0]
@@ -214,17 +222,27 @@ class Endpoint:
             return read_reply(response.http_response.content)
         except self.openai.OpenAIError as error:
             if getattr(error, "status_code", None) in REFUSALS:
-                raise _Refused(f"the server refused its next turn: {_words_of(error)}") from error
+                raise _Refused(f"the server refused its next turn: {self._words_of(error)}") from error
             if isinstance(error, self.openai.PermissionDeniedError):  # of a filter, where others are answered
-                raise _Failed(f"the server does not permit it: {_words_of(error)}") from error
+                raise _Failed(f"the server does not permit it: {self._words_of(error)}") from error
             if isinstance(error, self.openai.InternalServerError):
-                raise _Failed(f"the server failed in all {RETRIES + 1} tries: {_words_of(error)}") from error
+                raise _Failed(f"the server failed in all {RETRIES + 1} tries: {self._words_of(error)}") from error
             raise UserError(
-                f"The endpoint {self.options.base_url} failed ({_words_of(error)}); "
+                f"The endpoint {self.options.base_url} failed ({self._words_of(error)}); "
                 "what it answered is kept: put it right and run the same command again."
             ) from error
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise _NoReply(f"{type(error).__name__}: {error}") from error
+
+    def _words_of(self, error: Any) -> str:
+        """The client's error with the server's words, which the client leaves out where it does not look for them.
+
+        Some servers repeat the key that they refuse, and some send a page.
+        """
+        body = getattr(error, "body", None)
+        words = f"{type(error).__name__}: {error}"
+        words += f" - {body!r}" if isinstance(body, dict) and "message" not in body else ""
+        return words.replace(self._key, "OPENAI_API_KEY" if self._key != NO_KEY else NO_KEY)[:1000]
 
     def _note(self, text: str) -> None:
         with self._lock:
@@ -262,7 +280,7 @@ class _Held:
         self.silent += not broke and not called
         if broke:
             self.last = str(outcome)
-            print(self.last, file=sys.stderr)
+            say(self.last, sys.stderr)
             if outcome.failed:
                 self.failed.append(record)
                 return []
@@ -332,13 +350,6 @@ def _fail_where_it_failed(response: Any) -> None:
     failed = isinstance(choices, list) and any(isinstance(choice, dict) and choice.get("error") for choice in choices)
     if body.get("error") or choices in (None, []) or failed:
         response.status_code = 502
-
-
-def _words_of(error: Any) -> str:
-    """The client's error with the server's words, which the client leaves out where it does not look for them."""
-    body = getattr(error, "body", None)
-    more = f" - {body!r:.300}" if isinstance(body, dict) and "message" not in body else ""
-    return f"{type(error).__name__}: {error}{more}"
 
 
 def read_reply(body: bytes) -> Reply:

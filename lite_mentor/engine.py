@@ -37,7 +37,7 @@ import torch
 
 from lite_mentor.decode import Decoder, GraphMode, Sampling, without_graphs
 from lite_mentor.device import memory_left
-from lite_mentor.errors import UserError
+from lite_mentor.errors import UserError, say
 from lite_mentor.paging import PagePool, Span, StepPlan
 from lite_mentor.student import Student
 
@@ -113,7 +113,7 @@ class Engine:
         self.burst = burst or (8 if self.device.type == "cuda" else 1)
         self.decoder = Decoder(
             forward, head, self.pool, width=self.pool.pages_for(context), most_steps=self.burst, graphs=graphs,
-            backend=backend, note=note or partial(print, file=sys.stderr),
+            backend=backend, note=note or partial(say, file=sys.stderr),
         )  # fmt: skip
         self.waiting: deque[Sequence] = deque()
         self.alive: list[Sequence] = []

@@ -10,6 +10,7 @@ judge, is not run again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -26,8 +27,9 @@ import tyro
 from lite_mentor.config import PRESETS, Config, load
 from lite_mentor.device import compute_device
 from lite_mentor.engine import Engine, Sampling
-from lite_mentor.errors import UserError
+from lite_mentor.errors import UserError, guard_terminal, say
 from lite_mentor.facts import digest, facts_of
+from lite_mentor.files import append, open_file, read_file
 from lite_mentor.judge import is_right
 from lite_mentor.load import load_student
 from lite_mentor.prompt import Chat, parse_turn
@@ -145,7 +147,11 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print accuracies and paired differences; keep every result in evaluate.jsonl. 2: something to put right."""
+    """Print accuracies and paired differences; keep every result in evaluate.jsonl.
+
+    Exit status: 0; 2 after one sentence; 130 when interrupted.
+    """
+    guard_terminal()
     options = tyro.cli(Options, args=argv, prog="python -m lite_mentor.evaluate")
     try:
         config = _config(options)
@@ -160,11 +166,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         with open_sandbox(options.sandbox) as sandbox:
             if sandbox.way == "limits only":
-                print(sandbox.note, file=sys.stderr)
+                say(sandbox.note, sys.stderr)
             _evaluate_all(options, config, engine, student, sandbox)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        say("stopped; what is finished is kept: run the same command again to go on", sys.stderr)
+        return 130
     return 0
 
 
@@ -196,7 +205,7 @@ def _evaluate_all(options: Options, config: Config, engine: Engine, student: Stu
     chat = Chat(student.tokenizer, config.date or next((row["date"] for row in done if "date" in row), ""))
     untrained = {name: tensor.clone() for name, tensor in student.adapter_state().items()}
     temperature = options.temperature if options.samples > 1 else 0.0
-    held_out = suites(config, sandbox.describe, partial(print, file=sys.stderr))
+    held_out = suites(config, sandbox.describe, partial(say, file=sys.stderr))
     first: dict[str, dict] = {}
     for adapter in options.adapters or (("none",) if options.student else ("cold_start", "adapter")):
         if adapter == "none":
@@ -219,24 +228,38 @@ def _evaluate_all(options: Options, config: Config, engine: Engine, student: Stu
                 )  # fmt: skip
                 result = {**identity, **found}
                 done.append(result)
-                # A line that was cut short must not take the next one with it.
-                whole = not file.exists() or file.read_bytes()[-1:] in (b"", b"\n")
-                with file.open("a", encoding="utf-8") as out:
-                    out.write(("" if whole else "\n") + json.dumps(result) + "\n")
-            print(_line(adapter, suite, result, first.get(suite)), flush=True)
+                _keep(result, file)
+            say(_line(adapter, suite, result, first.get(suite)))
             first.setdefault(suite, result)
 
 
 def _results(file: Path) -> list[dict]:
     """The lines of an earlier call. A last line that was cut short is evaluated again."""
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
+    try:
+        lines = read_file(file).splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); move it away, or choose another folder.") from error
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-        except ValueError:
-            continue
-        rows += [row] if isinstance(row, dict) else []
+            rows += [row] if isinstance(row, dict) else []
     return rows
+
+
+def _keep(result: dict, file: Path) -> None:
+    """Append it as a line; one that was cut short must not take it with it."""
+    try:
+        with open_file(file, "a+b", follow=False) as out:
+            out.seek(0)
+            cut = out.read()[-1:] not in (b"", b"\n")
+            append(out, b"\n" * cut + json.dumps(result).encode() + b"\n")
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written ({error.strerror}); make room or rights there, or choose another folder."
+        ) from error
 
 
 def _weights(student: Student) -> str:

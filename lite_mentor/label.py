@@ -25,7 +25,7 @@ from lite_mentor import sft, soft
 from lite_mentor.batch import pack
 from lite_mentor.config import Config, parse
 from lite_mentor.device import compute_device
-from lite_mentor.errors import UserError
+from lite_mentor.errors import UserError, guard_terminal, say
 from lite_mentor.load import load_student, load_tokenizer
 from lite_mentor.loss import sampled_hidden
 from lite_mentor.prompt import Chat
@@ -66,7 +66,7 @@ def student_records(config: Config) -> tuple[list[Rollout], dict[str, int]]:
     """The cold start's records as this run's student reads them, and its vocabulary."""
     # The quarantine's folder is for this time, for the run will write it again.
     with tempfile.TemporaryDirectory() as scratch, open_sandbox(config.sandbox) as sandbox:
-        examples, teacher = training_examples(config, Path(scratch), sandbox.describe, print)
+        examples, teacher = training_examples(config, Path(scratch), sandbox.describe, say)
     tokenizer = load_tokenizer(config.student)
     chosen = examples[: config.sft_steps * config.sft_batch]
     rollouts = sft.teacher_rollouts(Chat(tokenizer, config.date), chosen, teacher, config)
@@ -74,7 +74,8 @@ def student_records(config: Config) -> tuple[list[Rollout], dict[str, int]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 after one sentence."""
+    """Exit status: 0; 2 after one sentence; 130 when interrupted."""
+    guard_terminal()
     parser = argparse.ArgumentParser(
         prog="python -m lite_mentor.label", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -103,10 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         labels = label(teacher, own.model, rollouts, min(own.labels, len(vocabulary)))
         soft.write(Path(config.soft_labels), replace(labels, date=config.date))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        say("stopped; nothing was written", sys.stderr)
+        return 130
     mass = float(labels.logp_NK.exp().sum(1).mean())
-    print(
+    say(
         f"{config.soft_labels}: {len(labels.ids_NK)} tokens of {len(labels.first)} records, "
         f"{labels.ids_NK.shape[1]} labels each, which hold {mass:.2%} of the probability"
     )

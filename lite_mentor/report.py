@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lite_mentor.charts import interval, line_chart, stacked_chart
-from lite_mentor.errors import UserError
+from lite_mentor.errors import UserError, say
+from lite_mentor.files import replace_file
 from lite_mentor.log import RunFiles, is_number, read_run
 from lite_mentor.page import escape, render
 from lite_mentor.statistics import compare
@@ -44,10 +44,9 @@ def write_report(run: Path) -> Path:
         body=accuracy_table(files) + charts(files) + tool_table(files) + transcripts(files),
         settings="".join(f"<dt>{escape(k)}</dt><dd>{escape(json.dumps(v))}</dd>" for k, v in files.config.items()),
     )
-    target, temporary = run / "report.html", run / "report.html.tmp"
+    target = run / "report.html"
     try:
-        temporary.write_text(markup, encoding="utf-8")
-        os.replace(temporary, target)
+        replace_file(target, markup.encode())
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}); make room or rights there.") from error
     return target
@@ -300,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise SystemExit("usage: python -m lite_mentor.report RUN")
     try:
-        print(write_report(Path(arguments[0])))
+        say(str(write_report(Path(arguments[0]))))
     except UserError as error:
         raise SystemExit(str(error)) from None
 

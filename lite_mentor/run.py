@@ -23,7 +23,7 @@ from lite_mentor.assets import cache_folder
 from lite_mentor.config import NEUTRAL, ROUNDING, Config
 from lite_mentor.device import compute_device, compute_dtype, too_small, why_cpu
 from lite_mentor.engine import Engine, Sampling
-from lite_mentor.errors import UserError
+from lite_mentor.errors import UserError, printable
 from lite_mentor.evaluate import suites
 from lite_mentor.facts import digest, facts_of
 from lite_mentor.fit import prove_fit, row_tokens
@@ -176,7 +176,7 @@ def differences(found: checkpoint.Checkpoint, run: Run) -> tuple[list[str], list
     then = found.state["config"]
     for name in sorted({*now, *then} - NEUTRAL):
         if now.get(name) != then.get(name):
-            sentence = f"{name} was {then.get(name)} and is {now.get(name)}"
+            sentence = printable(f"{name} was {then.get(name)} and is {now.get(name)}")
             (inexact if name in ROUNDING else other).append(sentence)
     before = found.state["identity"]
     gone = [what for what, value in run.identity.items() if before.get(what) != value]
@@ -185,7 +185,7 @@ def differences(found: checkpoint.Checkpoint, run: Run) -> tuple[list[str], list
     here = checkpoint.versions()
     for package, version in found.versions.items():
         if here.get(package) != version:
-            inexact.append(f"{package} was {version} and is {here.get(package)}")
+            inexact.append(printable(f"{package} was {version} and is {here.get(package)}"))
     return other, inexact
 
 

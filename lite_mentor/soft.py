@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from lite_mentor.errors import UserError
+from lite_mentor.files import replace_file
 from lite_mentor.types import Rollout
 
 
@@ -66,14 +66,9 @@ def write(path: Path, labels: SoftLabels) -> None:
     tensors = {"ids": labels.ids_NK.contiguous(), "logp": labels.logp_NK.contiguous()}
     about = json.dumps({"teacher": labels.teacher, "first": dict(labels.first), "date": labels.date})
     content = save(tensors, metadata={"labels": about, "sha256": _digest(tensors, about)})
-    unfinished = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        replace_file(path, content)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); make room or rights there.") from error
 

@@ -20,10 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import tyro
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lite_mentor.endpoint import Endpoint
-from lite_mentor.errors import UserError
+from lite_mentor.errors import UserError, guard_terminal, printable, say
 from lite_mentor.facts import Facts, facts_of
 from lite_mentor.prompt import Chat
 from lite_mentor.sandbox import open_sandbox
@@ -53,7 +53,7 @@ def fill(options: Options, examples: Sequence[Example], ask: Ask, run: RunCall) 
         suite=options.suite,
         command=tuple(command(options)),
     )
-    with append_to(options.out, manifest) as cache, Progress(disable=not sys.stdout.isatty()) as progress:
+    with append_to(options.out, manifest) as cache, _progress() as progress:
         facts = facts_of(examples)
         todo = {e.key: e for e in examples if e.key not in cache.done or cache.done[e.key].facts != facts[e.key]}
         old = [cache.done[key] for key in todo if key in cache.done]
@@ -65,11 +65,9 @@ def fill(options: Options, examples: Sequence[Example], ask: Ask, run: RunCall) 
         if old:
             again = sum(key in cache.done for key in todo)
             what = ", ".join(sorted({word for r in old for word in changed(r.facts, facts[r.example_key])}))
-            print(
-                f"{options.out}: {len(old)} records were made with {what}; {again} no longer hold and are asked again"
-            )
+            say(f"{options.out}: {len(old)} records were made with {what}; {again} no longer hold and are asked again")
         calls: list[int] = []
-        task = progress.add_task(f"{manifest.teacher} on {options.suite}", total=len(todo))
+        task = progress.add_task(printable(f"{manifest.teacher} on {options.suite}"), total=len(todo))
         try:
             with contextlib.closing(ask(list(todo.values()), list(cache.done.values()))) as records:
                 for record in records:
@@ -79,9 +77,15 @@ def fill(options: Options, examples: Sequence[Example], ask: Ask, run: RunCall) 
         finally:
             cache.publish()
     if calls and not any(calls) and options.source != "oracle":
-        print(f"none of the {len(calls)} correct records calls a tool: a student learns to call none", file=sys.stderr)
+        say(f"none of the {len(calls)} correct records calls a tool: a student learns to call none", sys.stderr)
     total, correct = len(cache.done), sum(record.correct for record in cache.done.values())
-    print(f"{options.out}: {total} records, {len(todo)} of them new; {correct} correct, {total - correct} rejected")
+    say(f"{options.out}: {total} records, {len(todo)} of them new; {correct} correct, {total - correct} rejected")
+
+
+def _progress() -> Progress:
+    """A bar in a terminal. The names beside it are text, in which [bold] means nothing."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), "{task.completed}/{task.total}")
+    return Progress(*columns, TimeRemainingColumn(), disable=not sys.stdout.isatty())
 
 
 def renewed(record: TeacherRecord, example: Example, now: Facts, run: RunCall) -> TeacherRecord | None:
@@ -194,13 +198,14 @@ def load_examples(options: Options, describe: Describe) -> list[Example]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0; 2 after one sentence; 130 when interrupted."""
+    guard_terminal()
     options = tyro.cli(Options, args=argv, prog="python -m lite_mentor.teach")
     try:
         check(options)
         with open_sandbox(options.sandbox) as sandbox:
             examples = load_examples(options, sandbox.describe)
             if sandbox.way == "limits only":
-                print(sandbox.note, file=sys.stderr)
+                say(sandbox.note, sys.stderr)
             run = caller(sandbox.call)
             if options.source == "oracle":
                 fill(options, examples, lambda todo, _: (oracle(example, run) for example in todo), run)
@@ -209,10 +214,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 fill(options, examples, lambda todo, _: local(options, todo, run), run)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; finished records are kept: run the same command again to go on", file=sys.stderr)
+        say("stopped; finished records are kept: run the same command again to go on", sys.stderr)
         return 130
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +32,7 @@ class Options:
     student: str = ""
     """local: the model, a folder or a hub id. It answers greedily."""
     base_url: str = ""
-    """endpoint: where the server answers; its key is read from OPENAI_API_KEY."""
+    """endpoint: where the server answers, as http://HOST:PORT/PATH; its key is read from OPENAI_API_KEY."""
     model: str = ""
     """endpoint: the model's name there."""
     temperature: float = 0.6
@@ -55,10 +56,10 @@ def teacher_name(options: Options) -> str:
 
 
 def command(options: Options) -> list[str]:
-    """The flags that ask for these options again, but for the folder."""
+    """The flags that ask for these options again, but for the folder. They are written down: no secret is in them."""
     words = []
     for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
+        value = getattr(options, field.name) if field.name != "base_url" else _address(options.base_url)
         if field.name in ("suite", "source") or (field.name != "out" and value != field.default):
             values = value if isinstance(value, tuple) else (value,)
             words += ["--" + field.name.replace("_", "-"), *map(str, values)]
@@ -66,9 +67,23 @@ def command(options: Options) -> list[str]:
 
 
 def check(options: Options) -> None:
-    """Raises UserError for a number that makes no sense."""
+    """Raises UserError for a number that makes no sense, and for a server's address that holds more than that."""
     least = dict(size=1, max_turns=1, concurrency=1, requests_per_minute=0, temperature=0)
     least["max_new_tokens"] = 1 if options.source == "local" else 0
     for name, limit in least.items():
         if getattr(options, name) < limit:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {limit}.")
+    if _address(options.base_url) != options.base_url:
+        raise UserError(
+            "--base-url must be an address alone, http://HOST:PORT/PATH, without a user, a password, a ?query or a "
+            "#fragment, for it is written into the cache; put the server's key into the environment as OPENAI_API_KEY."
+        )
+
+
+_ADDRESS = re.compile(r"(https?://)(?:[^/?#\\]*@)?((?:[\w.-]+|\[[\w.:%]+\])(?::\d+)?(?:/[^?#\s\\]*)?)")
+
+
+def _address(url: str) -> str:
+    """What of a URL says where a server is; "" of what is no such URL."""
+    found = _ADDRESS.match(url)
+    return found[1] + found[2] if found else ""

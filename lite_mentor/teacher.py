@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import shlex
 import time
@@ -25,6 +26,7 @@ from typing import Any, BinaryIO
 
 from lite_mentor.errors import UserError
 from lite_mentor.facts import Facts, facts_of
+from lite_mentor.files import append, open_file, read_file, replace_file
 from lite_mentor.types import CALL_STATUSES, Example, TeacherRecord, ToolCall
 
 try:
@@ -36,7 +38,12 @@ FORMAT = 2
 """Of the manifest. In format 1, which is still read, records had no facts and an example had one line."""
 PUBLISH_SECONDS = 20.0
 """A long fill brings its manifest up to date this often."""
+WAIT_SECONDS, REMIND_SECONDS = 1800.0, 60.0
+"""Another process may hold a cache for as long as it adds to it, and so long without; what is waited for is said again
+and again."""
 _RECORDS, _MANIFEST = "records.jsonl", "manifest.json"
+_START = b'{"answer":'
+"""Of every line of records.jsonl."""
 
 _log = logging.getLogger(__name__)
 
@@ -164,7 +171,7 @@ def open_cache(path: Path) -> TeacherCache:
     manifest = read_manifest(path)
     file, remedy = path / _RECORDS, manifest.refill(path)
     try:
-        content = file.read_bytes()
+        content = read_file(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); fill the cache again with: {remedy}") from error
     records = _read_lines(content, file, manifest.teacher, remedy)
@@ -188,7 +195,7 @@ def read_manifest(path: Path) -> Manifest:
     """manifest.json of a cache's folder, verified. Raises UserError."""
     file, remedy = path / _MANIFEST, _command(path, "--suite", "SUITE", "--source", "SOURCE")
     try:
-        content = file.read_bytes()
+        content = read_file(file)
         row = _json_object(content)
         version = row.pop("format", None)
         if version not in (1, FORMAT):
@@ -214,7 +221,7 @@ def read_manifest(path: Path) -> Manifest:
 def _manifest(row: Mapping[str, Any]) -> Manifest:
     kinds = dict(teacher=str, source=str, decoding=dict, suite=str, command=list, records=int, correct=int, bytes=int)
     values = {name: _typed(row, name, kind) for name, kind in kinds.items()}
-    if not all(type(word) is str and word.isprintable() for word in values["command"]):
+    if not all(type(word) is str for word in values["command"]):
         raise ValueError("its command is not a list of words")
     manifest = Manifest(**values | {"command": tuple(values["command"])}, sha256=_typed(row, "sha256", str))
     if _sealed(dataclasses.asdict(manifest)) != _canonical(row):
@@ -305,6 +312,25 @@ def render_record(record: TeacherRecord) -> bytes:
     return _canonical({**_content(record), "sha256": record.sha256}) + b"\n"
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """What the next manifest will say of records.jsonl."""
+
+    records: int
+    correct: int
+    bytes: int
+    sha256: Any
+    """Of hashlib."""
+
+    def and_one(self, line: bytes, correct: int) -> _Counted:
+        sha256 = self.sha256.copy()
+        sha256.update(line)
+        return _Counted(self.records + 1, self.correct + correct, self.bytes + len(line), sha256)
+
+    def into(self, manifest: Manifest) -> Manifest:
+        return dataclasses.replace(manifest, **vars(self) | {"sha256": self.sha256.hexdigest()})
+
+
 class CacheWriter:
     """Appends records to a cache; made by `append_to`."""
 
@@ -314,14 +340,19 @@ class CacheWriter:
         content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         records = _read_lines(whole, path / _RECORDS, manifest.teacher, manifest.refill(path))
-        if len(whole) < len(content):
-            _log.warning("%s: dropped %d bytes of an unfinished last line", file.name, len(content) - len(whole))
+        rest = content[len(whole) :]
+        if not rest.startswith(_START[: len(rest)]):
+            raise UserError(f"{path / _RECORDS} is no file of a teacher's records; choose another --out.")
+        if rest:
+            _log.warning("%s: dropped %d bytes of an unfinished last line", path / _RECORDS, len(rest))
             file.truncate(len(whole))
         self.done = {record.example_key: record for record in records}
         """The record of each example, by its key."""
-        self._lines = len(records)
         self.path, self.manifest, self._file = path, manifest, file
-        self._hash, self._bytes, self._published = hashlib.sha256(whole), len(whole), time.monotonic()
+        self._published = time.monotonic()
+        correct = sum(record.correct for record in self.done.values())
+        # Replaced in one assignment: an interrupt between two would leave a manifest that no file fits.
+        self._counted = _Counted(len(records), correct, len(whole), hashlib.sha256(whole))
 
     def append(self, record: TeacherRecord) -> None:
         """Add the record of an example that has none under these facts. Raises UserError when it cannot be written."""
@@ -329,16 +360,8 @@ class CacheWriter:
         assert before is None or before.facts != record.facts, record.example_key
         line = render_record(record)
         with self._writing():
-            try:
-                written = self._file.write(line)
-                while written < len(line):  # a disk that fills up takes a part, and raises at the next write
-                    written += self._file.write(line[written:])
-            except OSError:
-                self._file.truncate(self._bytes)
-                raise
-        self._hash.update(line)
-        self._bytes += len(line)
-        self._lines += 1
+            append(self._file, line)
+        self._counted = self._counted.and_one(line, record.correct - (before.correct if before else 0))
         self.done[record.example_key] = record
         if time.monotonic() - self._published >= PUBLISH_SECONDS:
             self.publish()
@@ -351,15 +374,7 @@ class CacheWriter:
 
     def _publish(self) -> None:
         os.fsync(self._file.fileno())
-        correct = sum(record.correct for record in self.done.values())
-        counts = dict(records=self._lines, correct=correct, bytes=self._bytes)
-        manifest = dataclasses.replace(self.manifest, **counts, sha256=self._hash.hexdigest())
-        temporary = self.path / f"{_MANIFEST}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(_render_manifest(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path / _MANIFEST)
+        replace_file(self.path / _MANIFEST, _render_manifest(self._counted.into(self.manifest)))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -376,15 +391,16 @@ class CacheWriter:
 def append_to(path: Path, manifest: Manifest) -> Iterator[CacheWriter]:
     """Open a cache's folder for writing, made if need be, as soon as no other process writes to it.
 
-    Raises UserError when it is another teacher's, was decoded or asked differently, or cannot be written.
+    Raises UserError when it is another teacher's, was decoded or asked differently, or cannot be written; and when a
+    process that adds nothing keeps it locked.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        file = open(path / _RECORDS, "a+b", buffering=0)  # noqa: SIM115 - closed when the block ends
+        file = open_file(path / _RECORDS, "a+b", follow=False)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error
     with file:
-        _wait_for_others(file)
+        _wait_for_others(file, path / _RECORDS)
         if (path / _MANIFEST).exists():
             there = read_manifest(path)
             for name in ("teacher", "source", "suite", "decoding"):
@@ -396,15 +412,35 @@ def append_to(path: Path, manifest: Manifest) -> Iterator[CacheWriter]:
         yield CacheWriter(path, file, manifest)
 
 
-def _wait_for_others(file: BinaryIO) -> None:
-    """The kernel drops the lock when its process ends, however it ends."""
-    if fcntl is None:
-        return
+def _wait_for_others(file: BinaryIO, path: Path) -> None:
+    """Take the lock of records.jsonl. The kernel drops it when its process ends, however it ends.
+
+    Whoever can read the file can lock it, so none is waited for that adds nothing. Raises UserError.
+    """
+    size, grown, reminded = -1, 0.0, -math.inf
+    while fcntl and not _locked(file, path):
+        now = time.monotonic()
+        if (size_now := os.fstat(file.fileno()).st_size) != size:
+            size, grown = size_now, now
+        if now - grown >= WAIT_SECONDS:
+            raise UserError(
+                f"{path} is locked by a process that has added nothing to it for {WAIT_SECONDS / 60:.0f} minutes; end "
+                f"that process (fuser {shlex.quote(str(path))} names it), then run the same command again."
+            )
+        if now - reminded >= REMIND_SECONDS:
+            _log.warning("%s: waiting for another process that fills it", path)
+            reminded = now
+        time.sleep(0.2)
+
+
+def _locked(file: BinaryIO, path: Path) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        _log.warning("%s: waiting for another process that fills it", file.name)
-        fcntl.flock(file, fcntl.LOCK_EX)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(f"{path} cannot be locked ({error.strerror}); choose an --out on another disk.") from error
+    return True
 
 
 def _content(record: TeacherRecord) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FREE = {"types", "config", "errors"}  # importable from everywhere; they import nothing but each other
+FREE = {"types", "config", "errors", "files"}  # importable from everywhere; they import nothing but each other
 ORDER = [
     "calculators", "results", "tools", "isolation", "worker", "sandbox", "units", "quantities", "judge", "python_tool",
     "tasks", "facts", "template", "prompt",

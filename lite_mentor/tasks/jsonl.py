@@ -29,7 +29,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lite_mentor.errors import UserError
+from lite_mentor.errors import UserError, printable
+from lite_mentor.files import replace_file
 from lite_mentor.judge import MAX_ANSWER_CHARS, is_correct, is_mathematics
 from lite_mentor.tasks import Describe, make_example, same_question
 from lite_mentor.tools import calculator_tools, tool_spec
@@ -67,7 +68,7 @@ def read_tasks(path: str | Path, *, quarantine: Path, describe: Describe) -> lis
     reasons |= _repeated(examples)
     total, bad = len(rows), sum(not isinstance(error, _Unsupported) for error in reasons.values())
     rejected = [
-        {"line": line, "reason": _printable(str(reasons[line])), "row": _text(row)[:500]}
+        {"line": line, "reason": printable(str(reasons[line])), "row": _text(row)[:500]}
         for line, row in rows
         if line in reasons
     ]
@@ -311,15 +312,13 @@ def _text(row: bytes | Mapping[str, Any]) -> str:
     return row.decode("utf-8", "replace") if isinstance(row, bytes) else json.dumps(row, default=str)
 
 
-def _printable(text: str) -> str:
-    """One line without control characters: reasons quote the file, and end on a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def _write_quarantine(quarantine: Path, rejected: Sequence[Mapping[str, Any]]) -> None:
-    if not rejected:
-        quarantine.unlink(missing_ok=True)
-        return
-    quarantine.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(item) + "\n" for item in rejected)
-    quarantine.write_text(text, encoding="utf-8")
+    try:
+        if text:
+            quarantine.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(quarantine, text.encode())
+        else:
+            quarantine.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{quarantine} cannot be written ({error.strerror}); choose another --out.") from error
