@@ -99,10 +99,9 @@ def _take_over(model: PreTrainedModel, tokenizer, context: int | None, seed: int
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model that was not written for this may fail in any way
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:200]
         raise UserError(
             f"The student {how['name']} ({model.config.model_type}) cannot be trained here: its own code fails under "
-            f"this trainer's attention and adapters ({type(error).__name__}: {reason}); choose a Llama, Qwen2, Qwen3 "
+            f"this trainer's attention and adapters ({type(error).__name__}: {_reason(error)}); choose a Llama, Qwen2, Qwen3 "
             "or Gemma3 model."
         ) from error
     return student
@@ -115,9 +114,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     folder = resolve_student(name)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UserError(f"--student {name}: its tokenizer cannot be loaded from {folder} ({reason}).") from error
+    except Exception as error:  # broken files may fail in any way
+        raise UserError(
+            f"--student {name}: its tokenizer cannot be loaded from {folder} ({_reason(error)}); it must hold "
+            "tokenizer.json and tokenizer_config.json, or be a model of the hub that does."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what it says, and its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
 
 
 def _check_bitsandbytes() -> None:
@@ -160,9 +166,8 @@ def _read(folder: Path, name: str, quant: str, device: str, dtype: torch.dtype):
                 f"--student {name}: the code of this kind of model has no place for another attention than its own; "
                 "choose a Llama, Qwen2, Qwen3 or Gemma3 model."
             ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"--student {name} cannot be loaded from {folder} ({reason}); it must hold config.json, tokenizer.json "
+            f"--student {name} cannot be loaded from {folder} ({_reason(error)}); it must hold config.json, tokenizer.json "
             "and model.safetensors of a causal language model."
         ) from error
     # Transformers would fill in what is missing with random numbers, and quantise a matrix of any shape.

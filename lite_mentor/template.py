@@ -19,7 +19,6 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lite_mentor.errors import UserError
@@ -143,7 +142,7 @@ class Template:
                 messages, tools=tools, add_generation_prompt=generate, tokenize=False, **settings,
                 chat_template=_on(self._date, self._tokenizer.get_chat_template(tools=tools)),
             )  # fmt: skip
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a stranger's program, and may fail in any way
             raise _unfit(f"does not render a conversation ({type(error).__name__}: {error})") from error
 
     def _try_out(self) -> None:
