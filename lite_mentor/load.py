@@ -101,8 +101,8 @@ def _take_over(model: PreTrainedModel, tokenizer, context: int | None, seed: int
     except Exception as error:  # a model that was not written for this may fail in any way
         raise UserError(
             f"The student {how['name']} ({model.config.model_type}) cannot be trained here: its own code fails under "
-            f"this trainer's attention and adapters ({type(error).__name__}: {_reason(error)}); choose a Llama, Qwen2, Qwen3 "
-            "or Gemma3 model."
+            f"this trainer's attention and adapters ({type(error).__name__}: {_reason(error)}); choose a Llama, Qwen2, "
+            "Qwen3 or Gemma3 model."
         ) from error
     return student
 
@@ -167,8 +167,8 @@ def _read(folder: Path, name: str, quant: str, device: str, dtype: torch.dtype):
                 "choose a Llama, Qwen2, Qwen3 or Gemma3 model."
             ) from error
         raise UserError(
-            f"--student {name} cannot be loaded from {folder} ({_reason(error)}); it must hold config.json, tokenizer.json "
-            "and model.safetensors of a causal language model."
+            f"--student {name} cannot be loaded from {folder} ({_reason(error)}); it must hold config.json, "
+            "tokenizer.json and model.safetensors of a causal language model."
         ) from error
     # Transformers would fill in what is missing with random numbers, and quantise a matrix of any shape.
     damaged = {str(key) for key in info["missing_keys"]} | {key for key, *_ in info["mismatched_keys"]}

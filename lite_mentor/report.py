@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_mentor.charts import interval, line_chart, stacked_chart
-from lite_mentor.errors import UserError, say
+from lite_mentor.errors import UserError, guard_terminal, say
 from lite_mentor.files import replace_file
 from lite_mentor.log import RunFiles, is_number, read_run
 from lite_mentor.page import escape, render
@@ -295,6 +295,7 @@ def _duration(seconds: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the report of the run that the command line names."""
+    guard_terminal()
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise SystemExit("usage: python -m lite_mentor.report RUN")
