@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lite_mentor import endpoint, teacher
+from lite_mentor import endpoint, teach_options, teacher
 from lite_mentor.endpoint import FEW, MANY, BrokenOff, Endpoint
 from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.sft import teacher_rollout
@@ -26,6 +28,7 @@ from lite_mentor.tiny import tiny_tokenizer
 from lite_mentor.tools import calculator_tools, caller, run_call
 from lite_mentor.transcript import record_of
 
+ROOT = Path(__file__).parent.parent
 TOOLS = [tool for tool in calculator_tools() if tool.name in ("add", "multiply")]
 
 
@@ -35,6 +38,7 @@ class Server:
     def __init__(self, scripts: dict[str, list]):
         self.asked: list[dict] = []
         self.keys: list[str | None] = []
+        self.ended = threading.Event()
         outer, lock = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,11 +48,14 @@ class Server:
                     outer.asked.append({"path": self.path, **body})
                     outer.keys.append(self.headers["Authorization"])
                     status, reply = scripts[body["messages"][0]["content"].split("\n")[0]].pop(0)
+                if reply is NEVER:
+                    outer.ended.wait()
+                    return
                 text = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
                 self.send_response(status)
                 html = isinstance(reply, bytes) and reply.startswith(b"<")
                 self.send_header("Content-Type", "text/html" if html else "application/json")
-                self.send_header("Retry-After-Ms", "1")
+                self.send_header("Retry-After-Ms", "50000" if reply is LATER else "1")
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
@@ -74,6 +81,7 @@ def reply(content, *calls, finish="stop", **beside):
 
 REFUSED = {"error": {"message": "too long", "type": "invalid_request_error"}}
 NO_CHAT = "answers, but not as a chat-completions server"
+LATER, NEVER = {"error": "later"}, {"error": "never"}
 BUSY = (429, {"error": {"message": "slow down"}})
 
 
@@ -475,14 +483,6 @@ def test_a_few_answers_without_calls_are_kept_and_said(ask, capsys):
     assert capsys.readouterr().err == "none of the 2 correct records calls a tool: a student learns to call none\n"
 
 
-@pytest.fixture
-def hears_interrupts():
-    """Also where the tests run in a job that a shell started with `&`, which is deaf to SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("hears_interrupts")
 def test_an_interrupt_waits_for_no_answer(ask, capsys, monkeypatch):
     """The second question's answer never comes: what was answered is kept, and nobody waits."""
@@ -508,6 +508,101 @@ def test_an_interrupt_waits_for_no_answer(ask, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("stopped; finished records are kept")
     assert len(open_cache(out)) == 1
     never.set()
+
+
+def test_ctrl_c_ends_the_process_whatever_its_threads_wait_for(tmp_path):
+    """One for an answer, and one for the time to try again; a third question was answered before."""
+    scripts = {"P": [CALLS, SEVEN], "Q": [(200, NEVER)], "R": [(503, LATER)]}
+    server = Server(scripts)
+    tasks, out = tmp_path / "tasks.jsonl", tmp_path / "cache"
+    rows = [{"question": question, "answer": "7", "tools": ["add"]} for question in scripts]
+    tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--suite", str(tasks), "--source", "endpoint", "--base-url", server.url, "--model", "m", "--out", str(out)]
+    words += ["--concurrency", "3", "--sandbox", "off"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lite_mentor.teach", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while len(server.asked) < 4 or not (out / "records.jsonl").read_bytes():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)  # far less than any of the waits
+    finally:
+        process.kill()
+        server.ended.set()
+        server.http.shutdown()
+        server.http.server_close()
+    assert (process.returncode, said[1].splitlines()[-1][:35]) == (130, "stopped; finished records are kept:")
+    assert len(open_cache(out)) == 1
+
+
+# --- what a server is not to do ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:PASSWORD@host/v1", "http://PASSWORD@host", "https://host/v1?api_key=PASSWORD", "host/PASSWORD",
+        "http://host/v1?PASSWORD", "http://host/v1#PASSWORD", "http://host/v1/?", "http://a@b:PASSWORD@host/v1",
+        "http:me:PASSWORD@host/v1", "//me:PASSWORD@host/v1", "http://host\\PASSWORD@x/v1", "http://host/v1 PASSWORD",
+        "http://me:PASS/PASSWORD@host/v1", "ftp://host/PASSWORD", "http:///PASSWORD", "http://host\nPASSWORD",
+    ],
+)  # fmt: skip
+def test_an_address_holds_no_secret(tmp_path, capsys, url):
+    command = [
+        "--suite",
+        "tiny",
+        "--source",
+        "endpoint",
+        "--model",
+        "m",
+        "--base-url",
+        url,
+        "--out",
+        str(tmp_path / "c"),
+    ]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --base-url must be an address alone")
+    assert "OPENAI_API_KEY" in said
+    assert "PASS" not in said
+    assert not (tmp_path / "c").exists()
+    kept = teach_options.command(Options(Path("x"), source="endpoint", base_url=url, model="m"))
+    assert not any(word.startswith("http") and ("@" in word or "?" in word or "#" in word) for word in kept)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://localhost:8000/v1", "https://a-b_c.example.com/v1/", "http://[::1]:80/v1", "http://10.0.0.1", ""]
+)
+def test_an_address_is_taken(url):
+    teach_options.check(Options(Path("x"), base_url=url))
+
+
+@pytest.mark.parametrize("key", ["secret\n", "two words", "s\xe9cret", "\x1b[2J"])
+def test_a_key_that_cannot_be_one(ask, monkeypatch, capsys, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    status, _, server = ask({"Q": []})
+    assert (status, server.asked) == (2, [])
+    said = capsys.readouterr().err
+    assert said.startswith("error: OPENAI_API_KEY holds a space")
+    assert key not in said
+
+
+@pytest.mark.parametrize("status", [400, 401, 500])
+def test_a_server_that_repeats_the_key_and_paints_the_screen(ask, monkeypatch, capsys, status):
+    """Also where only a part of what it says is quoted."""
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    words = ["\x1b[2J\u202eBearer secret", "." * 995 + "secret"]
+    bodies = [body for text in words for body in ({"error": {"message": text}}, {"detail": text}, text.encode())]
+    assert ask({f"Q{i}": [(status, body)] for i, body in enumerate(bodies)}, "--concurrency", "1")[0] == 2
+    said = capsys.readouterr()
+    assert "OPENAI_API_KEY" in said.err
+    assert "secre" not in said.err + said.out
+    assert (said.err + said.out).replace("\n", "").isprintable()
 
 
 # --- any reply at all ------------------------------------------------------------------------------------------

@@ -158,20 +158,23 @@ def test_a_user_error_is_one_sentence(tmp_path, capsys, flags, sentence):
     assert capsys.readouterr().err.startswith(sentence)
 
 
-def test_ctrl_c_keeps_what_was_answered(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("at", [1, 3])
+def test_ctrl_c_keeps_what_was_answered(tmp_path, capsys, monkeypatch, at):
+    """Also before anything was."""
     asked = []
 
     def interrupted(example, run):
         asked.append(example)
-        if len(asked) == 3:
+        if len(asked) == at:
             raise KeyboardInterrupt
         return oracle(example, run)
 
     monkeypatch.setattr(teach, "oracle", interrupted)
     assert tiny(tmp_path) == 130
     assert capsys.readouterr().err.startswith("stopped; finished records are kept")
+    assert open_cache(tmp_path).manifest.records == at - 1
     assert tiny(tmp_path) == 0
-    assert capsys.readouterr().out == f"{tmp_path}: 5 records, 3 of them new; 5 correct, 0 rejected\n"
+    assert capsys.readouterr().out == f"{tmp_path}: 5 records, {6 - at} of them new; 5 correct, 0 rejected\n"
 
 
 def test_a_run_goes_on_with_a_first_fill_that_was_interrupted(tmp_path, capsys, monkeypatch):

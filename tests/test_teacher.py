@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import math
+import os
+import signal
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lite_mentor import teacher
+from lite_mentor import files, teacher
 from lite_mentor.errors import UserError
 from lite_mentor.facts import facts_of
 from lite_mentor.tasks import make_example
@@ -403,7 +408,132 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         fill(tmp_path / "file" / "cache")
 
 
-@pytest.mark.skipif(teacher.fcntl is None, reason="no file locks on this system")
+def interrupted(at: int, function, *args) -> bool:
+    """Call it with a Ctrl-C before the `at`-th line that it runs of ours -> was there such a line?"""
+    lines = itertools.count(1)
+
+    def trace(frame, event, _):
+        ours = frame.f_code.co_filename in (teacher.__file__, files.__file__)
+        if ours and event == "line" and next(lines) == at:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function(*args)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_an_interrupt_at_any_line_of_an_append_leaves_a_sound_cache(tmp_path):
+    kept = set()
+    for at in itertools.count(1):
+        path = fill(tmp_path / str(at), B)
+        with append_to(path, MANIFEST) as cache:
+            struck = interrupted(at, cache.append, A)
+            cache.publish()
+        kept.add(len(open_cache(path)))
+        assert len(open_cache(fill(path))) == len((path / "records.jsonl").read_bytes().splitlines()) - 1
+        if not struck:
+            break
+    assert at > 15
+    assert kept == {0, 1}
+
+
+def test_a_file_that_is_not_ours_is_left_alone(tmp_path):
+    """One line without an end would else be cut off as a record's beginning."""
+    for text in (b"my only copy", b'{"answers": 3', b"\x00"):
+        (tmp_path / "records.jsonl").write_bytes(text)
+        with pytest.raises(UserError, match=r"records.jsonl is no file of a teacher's records; choose another --out"):
+            fill(tmp_path)
+        assert (tmp_path / "records.jsonl").read_bytes() == text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
+def test_a_strangers_links_and_pipes_are_refused(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"theirs")
+    cache, kept = fill(tmp_path / "cache", A), tmp_path / "kept"
+    (cache / "manifest.json.tmp").symlink_to(outside)
+    assert len(open_cache(fill(cache))) == 1
+    for name, make, uses, why in (
+        ("records.jsonl", lambda path: path.symlink_to(outside), [fill], "it is a link"),
+        ("records.jsonl", lambda path: path.symlink_to("nowhere"), [fill], "it is a link"),
+        ("manifest.json", lambda path: path.symlink_to(outside), [fill, open_cache], "manifest.json is damaged"),
+        ("records.jsonl", os.mkfifo, [fill, open_cache], "it is not a file"),
+        ("manifest.json", os.mkfifo, [fill, open_cache], "it is not a file"),
+    ):
+        (cache / name).rename(kept)
+        make(cache / name)
+        for use in uses:
+            with pytest.raises(UserError, match=why):
+                use(cache)
+        kept.replace(cache / name)
+    assert outside.read_bytes() == b"theirs"
+    assert len(open_cache(cache)) == 1
+
+
+def test_words_that_cannot_all_be_shown_are_still_a_command(tmp_path):
+    """Such as a space of Japanese in the name of a file, or a byte that is no text."""
+    words = ("--suite", "問\u3000題\udcff.jsonl\x1b[2J")
+    fill(tmp_path, A, manifest=dataclasses.replace(MANIFEST, command=words))
+    assert open_cache(tmp_path).manifest.command == words
+
+
+LOCKS = pytest.mark.skipif(teacher.fcntl is None, reason="no file locks on this system")
+
+
+@pytest.fixture
+def locked(tmp_path):
+    """A cache whose records a stranger has locked, who can only read them."""
+    fill(tmp_path, A)
+    with open(tmp_path / "records.jsonl", "rb") as stranger:
+        teacher.fcntl.flock(stranger, teacher.fcntl.LOCK_SH)
+        yield tmp_path
+
+
+@LOCKS
+def test_a_lock_under_which_nothing_is_added_is_waited_for_in_words_and_not_for_ever(locked, monkeypatch, caplog):
+    clock = itertools.count(0, 100)
+    monkeypatch.setattr(teacher, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _: None))
+    with pytest.raises(UserError, match=r"records.jsonl is locked by a process that has added nothing .* then run the"):
+        fill(locked, C)
+    assert caplog.messages == [f"{locked / 'records.jsonl'}: waiting for another process that fills it"] * 18
+    assert dict(open_cache(locked)) == {"a": A}
+
+
+@LOCKS
+def test_a_lock_under_which_something_is_added_is_waited_for(locked, monkeypatch):
+    """Each look at the clock is ten minutes later, and every second time a record more is there."""
+    clock, other = itertools.count(0, 600), [C, B]
+
+    def sleep(_):
+        if next(looks) % 2 and other:
+            with open(locked / "records.jsonl", "ab") as file:
+                file.write(render_record(other.pop()))
+
+    looks = itertools.count()
+    monkeypatch.setattr(teacher, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=sleep))
+    with pytest.raises(UserError, match="has added nothing to it for 30 minutes"):
+        fill(locked)
+    assert other == []
+    assert next(clock) == 4200 + 600
+
+
+@LOCKS
+@pytest.mark.usefixtures("hears_interrupts")
+def test_ctrl_c_ends_the_wait(locked, monkeypatch):
+    said = lambda *_: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # noqa: E731
+    monkeypatch.setattr(teacher._log, "warning", said)
+    with pytest.raises(KeyboardInterrupt):
+        fill(locked)
+
+
+@LOCKS
 def test_two_fills_of_one_folder_take_turns(tmp_path, monkeypatch):
     waits, seen = threading.Event(), {}
     monkeypatch.setattr(teacher._log, "warning", lambda *_: waits.set())
