@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import json
 import os
 import socket
 import threading
@@ -218,6 +219,15 @@ def test_what_is_no_name_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--student"):
         resolve_student(name)
+
+
+@pytest.mark.parametrize("note", ["", "[]", "{}", "\xff", "[" * 100_000, '{"source": {"a": 1}}', '{"source": "x\\ny"}'])
+def test_where_weights_came_from_is_a_few_words_whatever_the_note(tmp_path, note):
+    (tmp_path / "source.json").write_text(note, encoding="latin-1")
+    said = source_of(tmp_path)
+    assert said in (str(tmp_path), "{'a': 1}", "x\\ny")
+    (tmp_path / "source.json").write_text(json.dumps({"source": "x" * 10**6}))
+    assert len(source_of(tmp_path)) == 200
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

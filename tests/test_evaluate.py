@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sample_tools import no_module
 
 import train
 from lite_mentor import evaluate as room
+from lite_mentor import label
 from lite_mentor.config import PRESETS
 from lite_mentor.errors import UserError
 from lite_mentor.evaluate import suites
@@ -115,6 +117,43 @@ def test_the_base_after_an_adapter_is_the_base(tmp_path, capsys, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / "out" / "evaluate.jsonl").read_text().splitlines()]
     assert [r["name"] for r in rows] == ["none", str(tmp_path / "other")]  # the third was read from the first
     assert rows[0]["weights"] != rows[1]["weights"]
+
+
+@pytest.mark.parametrize("cut", [b"", b'{"na', b"{}\n", b"\xff\n", b"[" * 100_000 + b"\n"])
+def test_a_result_is_kept_beside_lines_that_are_none(tmp_path, cut):
+    file = tmp_path / "evaluate.jsonl"
+    file.write_bytes(cut)
+    before = len(room._results(file))
+    room._keep({"name": "x"}, file)
+    assert room._results(file)[before:] == [{"name": "x"}]
+    assert file.read_bytes().startswith(cut)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
+def test_results_are_kept_in_a_file_of_this_folder(tmp_path):
+    file, outside = tmp_path / "evaluate.jsonl", tmp_path / "outside"
+    assert room._results(file) == []
+    file.symlink_to(outside)
+    with pytest.raises(UserError, match=r"evaluate.jsonl cannot be written \(it is a link\)"):
+        room._keep({}, file)
+    assert not outside.exists()
+    file.unlink()
+    os.mkfifo(file)
+    for use in (lambda: room._results(file), lambda: room._keep({}, file)):
+        with pytest.raises(UserError, match="it is not a file"):
+            use()
+
+
+def test_an_interrupt_is_no_traceback(tmp_path, capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "_config", interrupted)
+    assert room.main([str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "stopped; what is finished is kept: run the same command again to go on\n"
+    monkeypatch.setattr(label, "parse", interrupted)
+    assert label.main(["--model", "x"]) == 130
+    assert capsys.readouterr().err == "stopped; nothing was written\n"
 
 
 def test_what_can_be_wrong_is_one_sentence(tmp_path, capsys):

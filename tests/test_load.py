@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
+import contextlib
 import json
 import os
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,11 +23,12 @@ from lite_mentor import assets
 from lite_mentor.attention import PackedPlan
 from lite_mentor.engine import Engine
 from lite_mentor.errors import UserError
-from lite_mentor.load import load_student
+from lite_mentor.load import load_student, load_tokenizer
 from lite_mentor.tiny import tiny_student, tiny_tokenizer
 
 torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
 
+ROOT = Path(__file__).parent.parent
 IDS = torch.randint(300, (1, 20), generator=torch.Generator().manual_seed(3))
 
 
@@ -291,6 +296,47 @@ def test_a_damaged_folder_is_refused_in_a_sentence(tmp_path, how, quant):
         load_student(str(folder), quant=quant, dtype="fp32")
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{}", "null", '{"version": "1.0", "model": {"type": "BPE"}}', "\x1b[2J"])
+def test_a_tokenizer_that_cannot_be_read_is_a_sentence(tmp_path, content):
+    folder = tiny_student(tmp_path / "student")
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match="its tokenizer cannot be loaded from"):
+        load_tokenizer(str(folder))
+
+
+def test_no_code_of_a_model_runs_and_nobody_is_asked():
+    """Without the word transformers asks on the terminal, where `y` may be on its way for another question."""
+    found = 0
+    for path in (path for folder in ("lite_mentor", "bench", "kernels") for path in (ROOT / folder).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if not re.search(r"from_pretrained|from_config|pipeline\(", text):
+            continue
+        calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        loading = [call for call in calls if getattr(call.func, "attr", "") in ("from_pretrained", "from_config")]
+        for call in loading:
+            said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert said.get("trust_remote_code") == "False", f"{path}, line {call.lineno}"
+        # Under another name it would not be seen here.
+        assert len(re.findall(r"from_pretrained|from_config|pipeline\(", text)) == len(loading), path
+        found += len(loading)
+    assert found >= 8
+
+
+def test_a_tokenizer_with_code_of_its_own(tmp_path, monkeypatch):
+    folder, ran = tiny_student(tmp_path / "student"), tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    file = folder / "tokenizer_config.json"
+    hostile = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | hostile))
+    asked = []
+    monkeypatch.setattr(builtins, "input", lambda question: asked.append(question) or "y")
+    for use in (lambda: load_tokenizer(str(folder)), lambda: load(folder)):
+        with contextlib.suppress(UserError):  # some versions of transformers take its own class instead
+            use()
+    assert not asked
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("why", [None, OSError("libcudart.so.13: cannot open shared object file")])
