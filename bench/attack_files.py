@@ -26,7 +26,7 @@ from bench import hostile
 from bench.hostile import Target
 from lite_mentor import checkpoint, teacher
 from lite_mentor.config import PRESETS, Config, check, load, parse
-from lite_mentor.errors import UserError
+from lite_mentor.errors import UserError, printable
 from lite_mentor.prompt import Chat
 from lite_mentor.reward import strict_reward
 from lite_mentor.sandbox import Sandbox
@@ -39,7 +39,7 @@ from lite_mentor.types import CALL_STATUSES
 
 
 @contextlib.contextmanager
-def _refusal(*, of_a_file: bool = True) -> Iterator[None]:
+def _refusal() -> Iterator[None]:
     """What is refused is refused in one line, with no control characters for a terminal in it."""
     said = "nothing"
     try:
@@ -47,7 +47,7 @@ def _refusal(*, of_a_file: bool = True) -> Iterator[None]:
     except UserError as error:
         said = str(error)
     assert said.strip()
-    assert said.isprintable() or not of_a_file
+    assert printable(said) == said
 
 
 # --- the teacher's cache ---------------------------------------------------------------------------------------

@@ -189,7 +189,10 @@ def _config(options: Options) -> Config:
         preset = PRESETS[options.preset]
         device = compute_device(preset.device)
         config = replace(preset, student=options.student, device=device, out=str(options.folder))
-        options.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            options.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{options.folder} cannot be made ({error.strerror}); choose another folder.") from error
     else:
         config = load(str(options.folder / "config.json"))
         config = replace(config, device=compute_device(config.device), out=str(options.folder))

@@ -161,5 +161,8 @@ def test_what_can_be_wrong_is_one_sentence(tmp_path, capsys):
     assert "there is no config.json" in capsys.readouterr().err
     assert room.main([str(tmp_path), "--student", "tiny", "--preset", "nope"]) == 2
     assert "there is no such preset" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert room.main([str(tmp_path / "file" / "x"), "--student", "tiny"]) == 2
+    assert "cannot be made (Not a directory)" in capsys.readouterr().err
     assert room.main([str(tmp_path), "--student", "tiny", "--samples", "0"]) == 2
     assert "take one sample or more" in capsys.readouterr().err
