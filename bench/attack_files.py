@@ -233,7 +233,7 @@ def check_config(case: dict[str, Any], folder: Path) -> None:
     out, err = io.StringIO(), io.StringIO()
     end = None
     try:
-        with _refusal(of_a_file="json" in case), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with _refusal(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             found = parse(argv)
             check(found)
             for field in fields(Config):

@@ -596,12 +596,15 @@ def test_a_key_that_cannot_be_one(ask, monkeypatch, capsys, key):
 def test_a_server_that_repeats_the_key_and_paints_the_screen(ask, monkeypatch, capsys, status):
     """Also where only a part of what it says is quoted."""
     monkeypatch.setattr(endpoint, "RETRIES", 0)
-    words = ["\x1b[2J\u202eBearer secret", "." * 995 + "secret"]
+    key = "sk-" + "x" * 60
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    words = [f"\x1b[2J\u202eBearer {key}", f"{key} " * 30]
     bodies = [body for text in words for body in ({"error": {"message": text}}, {"detail": text}, text.encode())]
     assert ask({f"Q{i}": [(status, body)] for i, body in enumerate(bodies)}, "--concurrency", "1")[0] == 2
     said = capsys.readouterr()
     assert "OPENAI_API_KEY" in said.err
-    assert "secre" not in said.err + said.out
+    assert "sk-" not in said.err + said.out
+    assert "xxx" not in said.err + said.out
     assert (said.err + said.out).replace("\n", "").isprintable()
 
 
