@@ -14,10 +14,10 @@ none of theirs outlives the trainer, however that ends.
 What is NOT protected: whatever lies in the current folder and in those of sys.path can be read. Memory, CPU time and
 file size are limited for each process, and there may be 512 of them. A hole in the kernel is a hole in this. Where a
 folder is seen itself and not through an overlay (always under bubblewrap; `Sandbox.note` names them), Unix sockets and
-pipes in it can be used, and files be locked. Without namespaces (macOS, Windows, most containers, `--sandbox off`) a tool reads and writes every file that you can, uses the
-network, signals your processes, and a child that leaves its process group outlives it. Windows has no limits but time,
-and there one call may disturb the next; macOS does not limit memory, and root may start any number of processes unless
-plain user namespaces are used on Linux 6.14 or newer.
+pipes in it can be used, and files be locked. Without namespaces (macOS, Windows, most containers, `--sandbox off`) a
+tool reads and writes every file that you can, uses the network, signals your processes, and a child that leaves its
+process group outlives it. Windows has no limits but time, and there one call may disturb the next; macOS does not limit
+memory, and root may start any number of processes unless plain user namespaces are used on Linux 6.14 or newer.
 """
 
 from __future__ import annotations
