@@ -83,8 +83,8 @@ def train(run: Run) -> None:
                 evaluate_suites(run, done, "step")
             if evaluated or done % c.save_every == 0 or done == c.steps or stop.requested:
                 run.save(done)
-            if evaluated and run.log.best_step("validation") == done:
-                run.student.save_adapter(run.out / "best")
+            if evaluated:
+                run.keep_best(done)
             if stop.requested:
                 raise KeyboardInterrupt
     run.student.save_adapter(run.out / "adapter")

@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,8 @@ FLAGS = [
 ]  # fmt: skip
 UNEQUAL = ("time/", "memory/")
 """Metrics in which equal runs differ."""
+EXACT = (".safetensors", "adapter_config.json")
+"""Files that equal runs write byte for byte, but for the states of random generators."""
 MOST_SAVE_SECONDS = 0.02
 """A kill that is aimed at a save comes this long after its first file at the latest."""
 ORPHAN_SECONDS = 10.0
@@ -51,7 +53,7 @@ def soak(out: Path, *, kills: int, seed: int, flags: Sequence[str]) -> dict:
     flags = [*FLAGS, *flags]
     _fresh(out / "uninterrupted", flags)
     begin = time.monotonic()
-    _end(_start([*flags, "--out", str(out / "warm")], out / "warm.txt"), out / "warm.txt")
+    end(start([*flags, "--out", str(out / "warm")], out / "warm.txt"), out / "warm.txt")
     wall = time.monotonic() - begin
     unequal = {"warm": differences(out / "uninterrupted", out / "warm")}
     struck: list[dict] = []
@@ -82,11 +84,11 @@ def differences(one: Path, other: Path) -> list[str]:
     The checkpoints' global random generators are left out: nothing draws from them, and they start from entropy here.
     """
     found = [name for name in LINES if _rows(one / name) != _rows(other / name)]
-    for folder in ("cold_start", "adapter", "checkpoints"):
+    for folder in ("cold_start", "adapter", "best", "checkpoints"):
         mine, its = (sorted(str(p.relative_to(run)) for p in (run / folder).rglob("*")) for run in (one, other))
         found += sorted({*mine} ^ {*its})
-        tensors = [name for name in mine if name.endswith(".safetensors") and not name.endswith("rng.safetensors")]
-        found += [name for name in tensors if name in its and (one / name).read_bytes() != (other / name).read_bytes()]
+        exact = [name for name in mine if name.endswith(EXACT) and not name.endswith("rng.safetensors")]
+        found += [name for name in exact if name in its and (one / name).read_bytes() != (other / name).read_bytes()]
         states = [name for name in mine if name.endswith("state.json") and name in its]
         found += [name for name in states if _state(one / name) != _state(other / name)]
     return found + sorted({p.name for p in one.iterdir()} ^ {p.name for p in other.iterdir()})
@@ -124,7 +126,7 @@ def _chain(out: Path, flags: list[str], wall: float, kills: int, generator: rand
     text = out.with_suffix(".txt")
     while True:
         resumed = (out / "config.json").exists()
-        pid = _start(["--resume", str(out)] if resumed else [*flags, "--out", str(out)], text)
+        pid = start(["--resume", str(out)] if resumed else [*flags, "--out", str(out)], text)
         aim = "save" if len(struck) % 2 else "moment"
         begin = time.monotonic()
         if len(struck) == kills:
@@ -135,7 +137,7 @@ def _chain(out: Path, flags: list[str], wall: float, kills: int, generator: rand
             alive = _wait_for_save(pid, out / "checkpoints", generator.randint(1, 3))
             alive = alive and _wait(pid, generator.uniform(0, MOST_SAVE_SECONDS))
         if not alive or len(struck) == kills:
-            _end(pid, text)
+            end(pid, text)
             _orphans()
             text.unlink()
             return []
@@ -173,8 +175,8 @@ def _fresh(out: Path, flags: list[str]) -> None:
         raise UserError(f"The uninterrupted run failed; see {out.with_suffix('.txt')}.")
 
 
-def _start(argv: list[str], text: Path) -> int:
-    """Fork a trainer that writes to the file `text` -> its process id."""
+def start(argv: list[str], text: Path, before: Callable[[], None] = lambda: None) -> int:
+    """Fork a trainer that writes to the file `text`, and calls `before` first -> its process id."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -188,6 +190,7 @@ def _start(argv: list[str], text: Path) -> int:
         random.seed()
         np.random.seed()
         torch.seed()
+        before()
         status = train.main(argv)
     except BaseException:  # a fork must never return into its parent's code
         traceback.print_exc()
@@ -210,22 +213,29 @@ def _wait(pid: int, seconds: float) -> bool:
 
 def _wait_for_save(pid: int, folder: Path, nth: int) -> bool:
     """Wait until the process has begun its n-th save; False when it ends before that."""
-    seen: set[str] = set()
-    stale = {path.name for path in folder.glob(".tmp-*")}  # of a save that an earlier kill cut short
+    stale = _unfinished(folder)  # of a save that an earlier kill cut short
+    seen: set[tuple[str, int]] = set()
     while _alive(pid):
-        names = os.listdir(folder) if folder.exists() else []
-        seen |= {name for name in names if name.startswith(".tmp-") and name.endswith(f"-{pid}")} - stale
+        seen |= _unfinished(folder) - stale
         if len(seen) >= nth:
             return True
         time.sleep(0.0005)
     return False
 
 
+def _unfinished(folder: Path) -> set[tuple[str, int]]:
+    """The checkpoints that are not whole yet, by name and inode: the same step may be saved again."""
+    if not folder.exists():
+        return set()
+    with os.scandir(folder) as entries:
+        return {(entry.name, entry.inode()) for entry in entries if entry.name.startswith(".tmp-step-")}
+
+
 def _alive(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
-def _end(pid: int, text: Path) -> None:
+def end(pid: int, text: Path) -> None:
     """Wait for a trainer that must end well."""
     if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
         last = (text.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]

@@ -1,6 +1,7 @@
-"""What a run survives: `python -m bench soak --kills 50 --flips 1000 --steps 2000 --out DIR` (any of the three).
+"""What a run survives: `python -m bench soak --kills 50 --faults 9999 --flips 1000 --steps 2000 --out DIR` (any of it).
 
     kills    a tiny run, killed by SIGKILL at random moments and resumed until it ends, is the run that nobody killed
+    faults   so does one whose disk fails or fills up, or that is killed, at any write, fsync, rename or deletion
     flips    a checkpoint, a run's lines and a teacher's cache are refused with one bit flipped, one file cut or gone
     steps    so many RL steps do not make memory, open files, processes, threads or pages in use grow
 
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from bench import flips, growth, kills
+from bench import faults, flips, growth, kills
 from bench.measure import dirty, machine
 from lite_mentor.errors import UserError
 
@@ -28,6 +29,8 @@ class Options:
     """Folder for the results; must not hold any yet."""
     kills: int = 0
     """How often a trainer is killed."""
+    faults: int = 0
+    """How many faults are tried at most, of all that can come at the calls by which a tiny run changes its folder."""
     flips: int = 0
     """How often each of the three is flipped and cut."""
     steps: int = 0
@@ -45,8 +48,8 @@ def main(argv: list[str]) -> None:
     options = tyro.cli(Options, args=argv, prog="python -m bench soak")
     if options.out.exists() and any(options.out.iterdir()):
         raise UserError(f"--out {options.out} already holds files; name a new folder.")
-    if not (options.kills or options.flips or options.steps):
-        raise UserError("There is nothing to do: give --kills, --flips or --steps.")
+    if not (options.kills or options.faults or options.flips or options.steps):
+        raise UserError("There is nothing to do: give --kills, --faults, --flips or --steps.")
     options.out.mkdir(parents=True, exist_ok=True)
     found: dict = {"command": " ".join(["python -m bench soak", *argv]), **machine("cpu"), "dirty": dirty()}
     tables, broken = [], []
@@ -57,6 +60,12 @@ def main(argv: list[str]) -> None:
         tables.append(kills_table(found["kills"]))
         broken += [f"{name} differs in {', '.join(what)}" for name, what in found["kills"]["differences"].items()]
         broken += ["a killed run left workers behind"] if found["kills"]["orphans"] else []
+    if options.faults:
+        found["faults"] = faults.soak(options.out, most=options.faults)
+        tables.append(faults.table(found["faults"]))
+        failed = sum(bool(outcome["wrong"]) for outcome in found["faults"]["outcomes"])
+        broken += [f"{failed} faults did not end well"] if failed else []
+        broken += found["faults"]["differences_without_a_fault"]
     if options.flips:
         found["flips"] = flips.soak(options.out, tries=options.flips, seed=options.seed, flags=flags)
         tables.append(flips_table(found["flips"]))

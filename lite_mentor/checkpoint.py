@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written beside, hashed, fsynced, and renamed into place once.
+"""Checkpoints that are whole or absent: hashed, and written by one rename.
 
     <run>/checkpoints/step-000123/
         <group>.safetensors   one file for each group of tensors: adapter, optimizer, rng, ...
@@ -17,7 +17,6 @@ import os
 import platform
 import random
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +30,11 @@ import torch
 from torch import Tensor
 
 from lite_mentor.errors import UserError
+from lite_mentor.files import check_folder, open_file, read_file, remove, replace_folder
 
 FORMAT = 3
+THREADS, INSTRUCTIONS, GPU = "the number of torch's threads", "the processor's instruction set", "the GPU"
+"""What of `versions` bears on a run on one kind of device only."""
 _STEP = re.compile(r"step-(\d{6,})")
 _FILE = re.compile(r"[a-z0-9_]+\.(safetensors|json)")
 
@@ -70,35 +72,19 @@ def save(
     files = {f"{group}.safetensors": safetensors.torch.save(_owned(part)) for group, part in tensors.items()}
     files["state.json"] = json.dumps(state, allow_nan=False).encode()
     manifest = _manifest(step, files)
+    files["MANIFEST.json"] = _canonical(manifest)
     folder = Path(root) / "checkpoints"
     target = folder / f"step-{step:06d}"
-    temporary = folder / f".tmp-{step:06d}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
-        if target.exists() and _same_tensors(target, manifest):
-            return target
-        temporary.mkdir()
-        for name, content in files.items():
-            _write(temporary / name, content)
-        _write(temporary / "MANIFEST.json", _canonical(manifest))
-        _sync_folder(temporary)
-        if target.exists():
-            # Damaged, or of a history that was abandoned: moved aside, since a rename cannot replace it.
-            target.rename(folder / f".tmp-replaced-{step:06d}")
-        temporary.rename(target)
-        _sync_folder(folder)
-        for old in [path for number, path in _steps(root) if number <= step][max(1, keep) :]:
-            if int(_STEP.fullmatch(old.name)[1]) == spare:
-                continue
-            old.rename(folder / f".tmp-pruned-{old.name}")  # so that no half-deleted folder is ever named step-*
-        _sweep(folder)
+        if not (target.exists() and _same_tensors(target, manifest)):
+            replace_folder(target, files)  # what is there is damaged, or of a history that was abandoned
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"The checkpoint of step {step} could not be written to {folder} ({error.strerror or error}); "
             f"the earlier ones are intact: free space or rights there, then continue with --resume {root}."
         ) from error
+    tidy(root, step, keep=keep, spare=spare)
     return target
 
 
@@ -108,7 +94,13 @@ def load(root: Path) -> tuple[Checkpoint | None, list[str]]:
     (None, []) when the run has none. Raises UserError when it has some but none is sound.
     """
     refused: list[str] = []
-    for _, path in _steps(root):
+    try:
+        steps = _steps(root)
+    except OSError as error:
+        raise UserError(
+            f"The folder {Path(root) / 'checkpoints'} cannot be read ({error.strerror or error}); make rights there."
+        ) from error
+    for _, path in steps:
         try:
             return _read(path), refused
         except _Unsound as error:
@@ -118,18 +110,32 @@ def load(root: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, []
 
 
-def sweep(root: Path) -> None:
-    """Remove what a kill during a save left of the run `root`. Only for the process that holds its lock."""
-    _sweep(Path(root) / "checkpoints")
+def tidy(root: Path, step: int, *, keep: int, spare: int | None = None) -> None:
+    """Remove checkpoints as `save` says, and what kills left of the run `root`. Only for the holder of its lock."""
+    folder = Path(root) / "checkpoints"
+    try:
+        for number, old in [(n, path) for n, path in _steps(root) if n <= step][max(1, keep) :]:
+            if number != spare:
+                old.rename(folder / f".tmp-pruned-{old.name}")  # so that no half-deleted folder is ever named step-*
+    except OSError as error:
+        raise UserError(
+            f"The older checkpoints in {folder} cannot be removed ({error.strerror or error}); make rights there, then "
+            f"continue with --resume {root}."
+        ) from error
+    for place in (Path(root), folder):
+        for stale in place.glob(".tmp-*"):
+            remove(stale)
 
 
 def versions() -> dict[str, str | None]:
-    """What computes here, by package: with other versions a run does not go on bit for bit. None: not installed.
+    """What computes here: with another version of a package a run does not go on bit for bit. None: not there.
 
-    With the same ones it does on a CPU, which is tested; on CUDA it is meant to, with `Config.deterministic`, and was
-    not yet run.
+    With the same ones it does on a CPU, if torch also has as many threads and the same instructions, which is tested;
+    on CUDA, on the same GPU, it is meant to, with `Config.deterministic`, and was not yet run.
     """
     found: dict[str, str | None] = {"python": platform.python_version()}
+    found[THREADS], found[INSTRUCTIONS] = str(torch.get_num_threads()), torch.backends.cpu.get_cpu_capability()
+    found[GPU] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     for package in ("torch", "transformers", "peft", "bitsandbytes", "safetensors"):
         try:
             found[package] = importlib.metadata.version(package)
@@ -225,11 +231,6 @@ def _steps(root: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
-def _sweep(folder: Path) -> None:
-    for stale in folder.glob(".tmp-*"):
-        shutil.rmtree(stale)
-
-
 def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, contiguous, and sharing no memory, as safetensors requires."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -237,26 +238,9 @@ def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path, follow=False)
     except OSError as error:
         raise _Unsound(f"{path.name} cannot be read ({error.strerror or error})") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make the names in a folder durable. Windows has no such call, and needs none after a rename."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
@@ -338,7 +322,8 @@ def lock(out: Path) -> Iterator[None]:
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "a+", encoding="ascii", errors="replace")  # noqa: SIM115 - held until the block ends
+        check_folder(out)
+        file = open_file(out / ".lock", "a+b", follow=False)
     except OSError as error:
         raise UserError(f"The run's folder {out} cannot be used ({error.strerror}); choose another --out.") from error
     with file:
@@ -346,14 +331,14 @@ def lock(out: Path) -> Iterator[None]:
             _lock_file(file)
         except OSError as error:
             file.seek(0)
-            holder = file.read(20).strip() or "unknown"
+            holder = file.read(20).decode("ascii", "replace").strip()
+            holder = holder if holder.isdecimal() else "unknown"
             raise UserError(
                 f"Another process (pid {holder}) is running in {out}; wait for it or stop it, or choose another --out."
             ) from error
         try:
             file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            file.write(str(os.getpid()).encode())
         except OSError as error:
             raise UserError(
                 f"The run's folder {out} cannot be written ({error.strerror}); make room or choose another --out."

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lite_mentor.errors import UserError, printable
+from lite_mentor.files import check_folder
 
 NEUTRAL = frozenset(
     {
@@ -61,8 +62,8 @@ class Config:
     resume: str = ""
     """Continue the run in this folder from its newest sound checkpoint."""
     resume_anyway: bool = False
-    """Continue it although it will not go on as it would have: other library versions, --steps, tools, judge or chat
-    template, or lines that are lost."""
+    """Continue it although it will not go on as it would have: other library versions, threads or GPU, --steps, tools,
+    judge or chat template, or lines that are lost."""
     check: bool = False
     """Only prove that the longest sample fits: one update at full length, then stop."""
     seed: int = 0
@@ -299,6 +300,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     # A resumed run goes on under the settings that it wrote down, so that none has to be typed again.
     default = PRESETS[name]
     if resume:
+        check_folder(resume)
         default = load(os.path.join(resume, "config.json"))
         default = dataclasses.replace(default, check=False, resume_anyway=False)  # of one command, not of the run
         if _value(argv, "--out"):

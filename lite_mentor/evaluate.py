@@ -15,7 +15,8 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from lite_mentor.device import compute_device
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError, guard_terminal, say
 from lite_mentor.facts import digest, facts_of
-from lite_mentor.files import append, open_file, read_file
+from lite_mentor.files import append, check_folder, open_file, read_file
 from lite_mentor.judge import is_right
 from lite_mentor.load import load_student
 from lite_mentor.prompt import Chat, parse_turn
@@ -183,6 +184,7 @@ def _config(options: Options) -> Config:
             f"--samples {options.samples} --temperature {options.temperature}: take one sample or more, at a "
             "temperature above 0."
         )
+    check_folder(options.folder)
     if options.student:
         if options.preset not in PRESETS:
             raise UserError(f"--preset {options.preset!r}: there is no such preset; choose from {', '.join(PRESETS)}.")
@@ -234,6 +236,14 @@ def _evaluate_all(options: Options, config: Config, engine: Engine, student: Stu
                 _keep(result, file)
             say(_line(adapter, suite, result, first.get(suite)))
             first.setdefault(suite, result)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); make room or rights there.") from error
 
 
 def _results(file: Path) -> list[dict]:

@@ -1,10 +1,61 @@
-"""Files in folders that may come from a stranger: read and extended only where they are files, and replaced whole."""
+"""Files that are whole or absent, and lie where they seem to.
 
+A file or a folder is written beside its place, fsynced, and renamed into it: a kill at any moment leaves what was there
+before, what is meant, or (of a folder) nothing, and never half of it. What a kill leaves beside it has one name, so
+that the next attempt replaces it: only one process at a time writes in a folder. A folder may come from a stranger:
+what leads out of it is not followed, and nobody is waited for at the other end of a pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
 import errno
 import os
+import shutil
 import stat
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
+
+from lite_mentor.errors import UserError
+
+OWN = (
+    ".lock", "config.json*", "*.jsonl*", "report.html*", "refused-*", "checkpoints", "cold_start", "adapter", "best",
+    "tensorboard", ".tmp-*",
+)  # fmt: skip
+"""The names of what a run writes in its folder."""
+
+
+def check_folder(out: Path) -> None:
+    """Raise UserError when a write to one of OWN in the run's folder `out` would end elsewhere, or wait for a reader.
+
+    A folder of somebody else's making may hold links to any file, and pipes. The folder itself may be a link.
+    """
+    try:
+        names = sorted(os.listdir(out)) if os.path.exists(out) else []
+        kinds = {name: _kind(Path(out) / name) for name in names if any(fnmatchcase(name, own) for own in OWN)}
+    except OSError as error:
+        raise UserError(f"The run's folder {out} cannot be used ({error.strerror}); choose another.") from error
+    for name, kind in kinds.items():
+        if kind:
+            raise UserError(
+                f"{Path(out) / name} is {kind}, and a run writes only to plain files and folders of its own; put a "
+                "copy in its place, or choose another folder."
+            )
+
+
+def _kind(path: Path) -> str:
+    """What it is, where it is no folder and no plain file of one name."""
+    try:
+        about = os.lstat(path)
+    except FileNotFoundError:  # a report of a run that goes on: that has just renamed it
+        return ""
+    if stat.S_ISLNK(about.st_mode):
+        return "a symbolic link"
+    if stat.S_ISREG(about.st_mode):
+        return "a file with a second name (a hard link)" if about.st_nlink > 1 else ""
+    return "" if stat.S_ISDIR(about.st_mode) else "a pipe, a socket or a device"
 
 
 def open_file(path: Path, mode: str = "rb", *, follow: bool = True) -> BinaryIO:
@@ -29,9 +80,9 @@ def open_file(path: Path, mode: str = "rb", *, follow: bool = True) -> BinaryIO:
     return open(path, mode, buffering=0, opener=regular)
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, *, follow: bool = True) -> bytes:
     """All bytes of a file. Raises OSError."""
-    with open_file(path) as file:
+    with open_file(path, follow=follow) as file:
         return file.read()
 
 
@@ -39,35 +90,75 @@ def append(file: BinaryIO, line: bytes) -> None:
     """Add a line to an unbuffered file, whole or not at all. Raises OSError."""
     before = os.fstat(file.fileno()).st_size
     try:
-        written = file.write(line)
-        while written < len(line):  # a disk that fills up takes a part, and raises at the next write
-            written += file.write(line[written:])
+        _write(file, line)
     except OSError:
         file.truncate(before)
         raise
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file anew: a kill or a power cut leaves what was there or all of this. A link there gives way to it.
-
-    Raises OSError.
-    """
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.unlink(missing_ok=True)  # of a kill; and were it a link, we would write where it points
-    with open(unfinished, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    """Put a file at `path`, in the place of one, or of a link, that is there. Raises OSError."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        _create(temporary, content)
+        temporary.replace(path)
+    except OSError:
+        remove(temporary)
+        raise
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk: a rename is safe from a power cut only then."""
-    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
-        return
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def replace_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Put a folder of files at `path`. What is there is moved aside first: a kill just then leaves nothing there.
+
+    Raises OSError.
+    """
+    temporary, replaced = (path.with_name(f".tmp-{prefix}{path.name}") for prefix in ("", "replaced-"))
+    remove(temporary)
+    remove(replaced)
     try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+        temporary.mkdir(parents=True)
+        for name, content in files.items():
+            _create(temporary / name, content)
+        sync_folder(temporary)
+        if os.path.lexists(path):
+            path.rename(replaced)
+        temporary.rename(path)
+        sync_folder(path.parent)
+    except OSError:
+        remove(temporary)
+        raise
+    remove(replaced)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link (not what it leads to) or a folder with all that is in it, as far as that is possible."""
+    if path.is_symlink() or not path.is_dir():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable. Windows has no such call, and needs none after a rename."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _create(path: Path, content: bytes) -> None:
+    """A new file, on the disk. What a kill has left there, and a link, goes first."""
+    path.unlink(missing_ok=True)
+    with open_file(path, "xb") as file:
+        _write(file, content)
+        os.fsync(file.fileno())
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    written = file.write(content)
+    while written < len(content):  # a disk that fills up takes a part, and raises at the next write
+        written += file.write(content[written:])

@@ -22,13 +22,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from lite_mentor.config import is_config
 from lite_mentor.display import Display
 from lite_mentor.errors import UserError
+from lite_mentor.files import append, open_file, read_file, replace_file
 from lite_mentor.types import Example, Rollout, Scored
 
 LINES = ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl")
@@ -58,10 +59,10 @@ class RunLog:
             self._config = _line(config, indent=1)
             if not resume:
                 self._write_config()
-            self._files = {name: open(self.out / name, "ab", buffering=0) for name in LINES}  # noqa: SIM115
+            self._files = {name: self._open(name) for name in LINES}
+            self._tracker = _tensorboard(self.out) if config.get("track") == "tensorboard" else None
         self._sha256 = {name: hashlib.sha256() for name in LINES}
         """Of what is in the files, once `rewind` has read them."""
-        self._tracker = _tensorboard(self.out) if config.get("track") == "tensorboard" else None
         self._display = Display(config, total_steps, quiet)
 
     def __enter__(self) -> RunLog:
@@ -77,9 +78,10 @@ class RunLog:
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Write and show one step. `metrics` has at least step (from 0) and phase ("sft" or "rl")."""
         self._append("metrics.jsonl", metrics)
-        for name, value in metrics.items() if self._tracker else ():
-            if isinstance(value, (int, float)):
-                self._tracker.add_scalar(f"{metrics['phase']}/{name}", value, metrics["step"])
+        with self._writing():
+            for name, value in metrics.items() if self._tracker else ():
+                if isinstance(value, (int, float)):
+                    self._tracker.add_scalar(f"{metrics['phase']}/{name}", value, metrics["step"])
         self._display.step(metrics)
 
     def rollouts(
@@ -113,14 +115,12 @@ class RunLog:
 
     def earlier_evaluation(self, name: str, suite: str) -> dict[str, Any] | None:
         """The latest row of eval.jsonl with this name and suite, from this process or one before it; None if none."""
-        with open(self.out / "eval.jsonl", encoding="utf-8") as lines:
-            rows = [row for row in map(json.loads, lines) if (row["name"], row["suite"]) == (name, suite)]
+        rows = [row for row in self._evaluations() if (row["name"], row["suite"]) == (name, suite)]
         return rows[-1] if rows else None
 
     def best_step(self, suite: str) -> int | None:
         """After how many steps the suite was answered best so far; of equals the latest; None without evaluations."""
-        with open(self.out / "eval.jsonl", encoding="utf-8") as lines:
-            rows = [row for row in map(json.loads, lines) if row["suite"] == suite]
+        rows = [row for row in self._evaluations() if row["suite"] == suite]
         return max((row["accuracy"], row["step"]) for row in rows)[1] if rows else None
 
     def note(self, text: str) -> None:
@@ -138,12 +138,13 @@ class RunLog:
     def damaged(self, position: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """The files whose bytes up to `position` are not those that were written."""
         with self._writing():
-            contents = {name: (self.out / name).read_bytes()[: position[name]["bytes"]] for name in LINES}
+            contents = {name: read_file(self.out / name, follow=False)[: position[name]["bytes"]] for name in LINES}
         return [name for name in LINES if hashlib.sha256(contents[name]).hexdigest() != position[name]["sha256"]]
 
     def holds_rl_steps(self) -> bool:
         """Has this run taken RL steps, as far as metrics.jsonl says? Then it has saved at least once."""
-        return b'"phase": "rl"' in (self.out / "metrics.jsonl").read_bytes()
+        with self._writing():
+            return b'"phase": "rl"' in read_file(self.out / "metrics.jsonl", follow=False)
 
     def set_aside(self, name: str) -> Path:
         """Go on with a file of no lines; the one that is there is kept beside it, under the name that is returned."""
@@ -151,7 +152,7 @@ class RunLog:
         with self._writing():
             self._files[name].close()
             (self.out / name).rename(path)
-            self._files[name] = open(self.out / name, "ab", buffering=0)  # noqa: SIM115
+            self._files[name] = self._open(name)
         return path
 
     def rewind(self, position: Mapping[str, Mapping[str, Any]]) -> None:
@@ -163,37 +164,37 @@ class RunLog:
         with self._writing():
             self._write_config()
             for name, file in self._files.items():
-                content = (self.out / name).read_bytes()[: position[name]["bytes"] if position else 0]
+                content = read_file(self.out / name, follow=False)[: position[name]["bytes"] if position else 0]
                 self._sha256[name] = hashlib.sha256(content)
                 file.truncate(len(content))
-        with open(self.out / "metrics.jsonl", encoding="utf-8") as lines:
-            self._display.history = [json.loads(line) for line in lines]
+            self._display.history = [
+                json.loads(line) for line in _lines(read_file(self.out / "metrics.jsonl", follow=False))
+            ]
 
     def close(self) -> None:
         """Leave the last state of the display standing, and close the files."""
         self._display.close()
-        if self._tracker:
-            self._tracker.close()
-        for file in self._files.values():
-            file.close()
+        with self._writing():
+            if self._tracker:
+                self._tracker.close()
+            for file in self._files.values():
+                file.close()
+
+    def _open(self, name: str) -> BinaryIO:
+        return open_file(self.out / name, "ab", follow=False)
+
+    def _evaluations(self) -> list[dict[str, Any]]:
+        with self._writing():
+            return [json.loads(line) for line in _lines(read_file(self.out / "eval.jsonl", follow=False))]
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         file, line = self._files[name], _line(row)
         with self._writing():
-            before = os.fstat(file.fileno()).st_size
-            try:
-                written = file.write(line)
-                while written < len(line):  # a disk that fills up takes a part, and raises at the next write
-                    written += file.write(line[written:])
-            except OSError:
-                file.truncate(before)
-                raise
+            append(file, line)
         self._sha256[name].update(line)
 
     def _write_config(self) -> None:
-        temporary = self.out / "config.json.tmp"
-        temporary.write_bytes(self._config)
-        temporary.replace(self.out / "config.json")
+        replace_file(self.out / "config.json", self._config)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -204,6 +205,10 @@ class RunLog:
                 f"The run's folder {self.out} cannot be written ({error.strerror or error}); "
                 "make room or rights there, or choose another --out."
             ) from error
+
+
+def _lines(content: bytes) -> list[bytes]:
+    return content.split(b"\n")[:-1]
 
 
 def _tensorboard(out: Path):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lite_mentor.config import Config
 from lite_mentor.errors import UserError
+from lite_mentor.files import replace_file
 from lite_mentor.loss import backward
 from lite_mentor.types import Scored
 
@@ -84,7 +85,7 @@ class Guard:
         names = ("ids", "sampled", "behaviour_logp")
         tensors = {f"{i}.{name}": getattr(s.rollout, name) for i, s in enumerate(share) for name in names}
         try:
-            path.write_bytes(save(tensors, metadata={"why": why, "rollouts": json.dumps(rows)}))
+            replace_file(path, save(tensors, metadata={"why": why, "rollouts": json.dumps(rows)}))
             kept = f"its rollouts are in {path}"
         except OSError as error:
             kept = f"its rollouts could not be kept in {path} ({error.strerror or error})"

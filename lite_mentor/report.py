@@ -13,7 +13,7 @@ from typing import Any
 
 from lite_mentor.charts import interval, line_chart, stacked_chart
 from lite_mentor.errors import UserError, guard_terminal, say
-from lite_mentor.files import replace_file
+from lite_mentor.files import check_folder, replace_file
 from lite_mentor.log import RunFiles, is_number, read_run
 from lite_mentor.page import escape, render
 from lite_mentor.statistics import compare
@@ -36,6 +36,7 @@ _STATISTICS = {
 def write_report(run: Path) -> Path:
     """Write `report.html` into the folder of a run and return its path. Raises UserError when a file is not sound."""
     run = Path(run)
+    check_folder(run)
     files = read_run(run)
     markup = render(
         title=escape(f"{files.config.get('preset', 'run')} · {files.config.get('student', '')}"),

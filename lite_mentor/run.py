@@ -93,9 +93,16 @@ class Run:
                 "config": self.config.asdict(),
                 "identity": dict(self.identity),
             },
-            keep=2,
-            spare=self.log.best_step("validation") if self.config.eval_every else None,
+            **self._kept(),
         )
+
+    def _kept(self) -> dict[str, int | None]:
+        return {"keep": 2, "spare": self.log.best_step("validation") if self.config.eval_every else None}
+
+    def keep_best(self, step: int) -> None:
+        """Write `best/` if the evaluation on the way after `step` steps is the best so far; after its save."""
+        if step and self.log.best_step("validation") == step:
+            self.student.save_adapter(self.out / "best")
 
     def restore(self) -> int | None:
         """Load the newest sound checkpoint and return its step; None when the run has none yet.
@@ -121,7 +128,9 @@ class Run:
         checkpoint.restore_rng(found.tensors["rng"], found.state["rng"])
         self.log.rewind(found.state["log"])
         self.guard.in_a_row = found.state["refused_in_a_row"]
-        checkpoint.sweep(self.out)
+        # A kill may have come between that save and these.
+        checkpoint.tidy(self.out, found.step, **self._kept())
+        self.keep_best(found.step)
         self.log.note(f"resuming at step {found.step} of {self.config.steps}, from {found.path}")
         return found.step
 
@@ -183,9 +192,11 @@ def differences(found: checkpoint.Checkpoint, run: Run) -> tuple[list[str], list
     other += [f"{what} have changed" for what in gone if what in LEARNED_FROM]
     inexact += [f"{what} changed" for what in gone if what not in LEARNED_FROM]
     here = checkpoint.versions()
-    for package, version in found.versions.items():
-        if here.get(package) != version:
-            inexact.append(printable(f"{package} was {version} and is {here.get(package)}"))
+    on_cpu = run.config.device == "cpu"
+    elsewhere = {checkpoint.GPU} if on_cpu else {checkpoint.THREADS, checkpoint.INSTRUCTIONS}
+    for what, version in found.versions.items():
+        if what not in elsewhere and here.get(what) != version:
+            inexact.append(printable(f"{what} was {version} and is {here.get(what)}"))
     return other, inexact
 
 

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from lite_mentor.attention import CacheShape, PackedPlan, Plan, Survey
 from lite_mentor.errors import UserError
+from lite_mentor.files import replace_folder
 from lite_mentor.fused import FusedLinear, SharedProduct, same_input
 from lite_mentor.norms import fuse_norms
 
@@ -184,18 +185,20 @@ class Student:
             raise UserError("The adapters were made for another student or another --lora-rank; use theirs.")
 
     def save_adapter(self, path: Path) -> None:
-        """Write the adapters to the folder `path` in PEFT's own format, as safetensors. UserError when it cannot be."""
+        """Write the adapters to the folder `path` in PEFT's own format, at once. Raises UserError when it cannot."""
         # PEFT's own save_pretrained would also ask the hub about the base and write an empty model card.
         tensors = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        config = copy.copy(self.model.peft_config["default"])
-        config.inference_mode = True
-        content = save({n: t.cpu().contiguous() for n, t in tensors.items()}, metadata={"format": "pt"})
-        # One name for what a kill leaves unfinished, so that the next attempt replaces it.
-        unfinished = Path(path) / "adapter_model.safetensors.tmp"
+        config = self.model.peft_config["default"].to_dict() | {"inference_mode": True}
+        # Its sets in an order that does not depend on how strings hash: equal runs write equal bytes.
+        config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+        files = {
+            "adapter_config.json": json.dumps(config, indent=2, sort_keys=True).encode(),
+            "adapter_model.safetensors": save(
+                {n: t.cpu().contiguous() for n, t in tensors.items()}, metadata={"format": "pt"}
+            ),
+        }
         try:
-            config.save_pretrained(path)
-            unfinished.write_bytes(content)
-            unfinished.replace(Path(path) / "adapter_model.safetensors")
+            replace_folder(Path(path), files)
         except OSError as error:
             raise UserError(
                 f"The adapters could not be written to {path} ({error.strerror or error}); make room or rights there."

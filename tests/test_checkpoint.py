@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from lite_mentor import checkpoint
+from lite_mentor import checkpoint, files
 from lite_mentor.checkpoint import load, lock, pack_optimizer, restore_rng, rng_state, save, unpack_optimizer
 from lite_mentor.errors import UserError
 
@@ -205,7 +205,7 @@ def test_a_renamed_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, name, code):
     write(tmp_path, 1, 1.0)
-    real = checkpoint._write
+    real = files._create
 
     def full(path: Path, content: bytes) -> None:
         if path.name == name:
@@ -213,11 +213,11 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, name, code
             raise OSError(code, os.strerror(code))
         real(path, content)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(files, "_create", full)
     with pytest.raises(UserError, match=f"step 2 could not be written .*{os.strerror(code)}"):
         write(tmp_path, 2, 2.0)
     assert names(tmp_path) == ["step-000001"]
-    monkeypatch.setattr(checkpoint, "_write", real)
+    monkeypatch.setattr(files, "_create", real)
     assert load(tmp_path)[0].tensors["adapter"]["w"].tolist() == [1.0] * 5
     write(tmp_path, 2, 2.0)
     assert names(tmp_path) == ["step-000001", "step-000002"]
@@ -233,7 +233,7 @@ def test_a_kill_at_any_write_leaves_a_sound_checkpoint(tmp_path, monkeypatch, mo
     write(tmp_path, 1, 1.0)
     calls = iter(range(100))
     with monkeypatch.context() as patch:
-        for owner, name in [(checkpoint, "_write"), (checkpoint, "_sync_folder"), (Path, "rename"), (shutil, "rmtree")]:
+        for owner, name in [(files, "_write"), (files, "sync_folder"), (Path, "rename"), (shutil, "rmtree")]:
             real = getattr(owner, name)
 
             def stop(*args, real=real, **kwargs):
@@ -253,6 +253,86 @@ def test_a_kill_at_any_write_leaves_a_sound_checkpoint(tmp_path, monkeypatch, mo
     assert found.tensors["adapter"]["w"].tolist() == [float(found.step)] * 5
     write(tmp_path, 3, 3.0, keep=1)
     assert names(tmp_path) == ["step-000003"]
+
+
+def foreign(checkpoints: Path, outside: Path, what: str) -> None:
+    """Put something in the folder of checkpoints that no run puts there."""
+    if what == "a checkpoint that was moved, and a link to it":
+        shutil.move(checkpoints / "step-000001", outside)
+        (checkpoints / "step-000001").symlink_to(outside)
+    elif what == "links to nothing":
+        for name in ("step-000003", "step-000009", ".tmp-x", ".tmp-step-000003"):
+            (checkpoints / name).symlink_to(outside / "nothing")
+    elif what == "links to a folder":
+        for name in ("step-000003", "step-000000", ".tmp-x", ".tmp-replaced-step-000003"):
+            (checkpoints / name).symlink_to(outside)
+    elif what == "files":
+        for name in ("step-000003", "step-000009", ".tmp-x", ".tmp-step-000003"):
+            (checkpoints / name).write_text("?")
+    elif what == "checkpoints of pipes":
+        for step in ("step-000003", "step-000009"):
+            (checkpoints / step).mkdir()
+            os.mkfifo(checkpoints / step / "MANIFEST.json")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its kinds of files")
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a checkpoint that was moved, and a link to it",
+        "links to nothing",
+        "links to a folder",
+        "files",
+        "checkpoints of pipes",
+    ],
+)
+def test_something_foreign_among_the_checkpoints_stops_no_save_and_no_resume(tmp_path, what):
+    root, outside = tmp_path / "run", tmp_path / "theirs"
+    for step in (1, 2):
+        write(root, step, float(step))
+    outside.mkdir()
+    (outside / "precious").write_text("theirs")
+    foreign(root / "checkpoints", outside, what)
+    kept = sorted(p.relative_to(outside) for p in outside.rglob("*"))
+    assert load(root)[0].step == 2
+    checkpoint.tidy(root, 2, keep=2)
+    for step in (3, 4):
+        write(root, step, float(step), keep=2)
+        assert load(root)[0].tensors["adapter"]["w"].tolist() == [float(step)] * 5
+    assert {"step-000003", "step-000004"} <= set(names(root))
+    assert not [name for name in names(root) if name.startswith(".tmp")]
+    assert sorted(p.relative_to(outside) for p in outside.rglob("*")) == kept
+
+
+def test_what_cannot_be_removed_stops_no_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    for step in (1, 2):
+        (write(tmp_path, step) / "state.json").unlink()
+        write(tmp_path, step, 5.0, keep=1)
+        assert load(tmp_path)[0].step == step
+
+
+def test_checkpoints_that_cannot_be_listed_are_one_sentence(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+
+    def denied(self):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(UserError, match="checkpoints cannot be read"):
+        load(tmp_path)
+    with pytest.raises(UserError, match=r"checkpoints in .* cannot be removed"):
+        write(tmp_path, 2)
+
+
+def test_what_a_kill_kept_a_save_from_removing_is_removed(tmp_path):
+    for step in range(4):
+        write(tmp_path, step)
+    (tmp_path / ".tmp-best").mkdir()
+    (tmp_path / "checkpoints" / ".tmp-step-000004").mkdir()
+    checkpoint.tidy(tmp_path, 2, keep=1, spare=0)
+    assert names(tmp_path) == ["step-000000", "step-000002", "step-000003"]
+    assert not (tmp_path / ".tmp-best").exists()
 
 
 def model(seed: int = 0) -> torch.nn.Module:
@@ -382,3 +462,31 @@ def test_a_folder_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="choose another --out"), lock(tmp_path / "file"):
         pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its limits")
+def test_a_disk_that_is_full_from_the_first_byte(tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"The run's folder {tmp_path} cannot be written"), lock(tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with lock(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its kinds of files")
+def test_a_folder_whose_files_lead_elsewhere_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "theirs").write_text("precious")
+    (tmp_path / "run").mkdir()
+    for name in (".lock", "rollouts.jsonl"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "theirs")
+        with pytest.raises(UserError, match=f"{name} is a symbolic link"), lock(tmp_path / "run"):
+            pass
+        (tmp_path / "run" / name).unlink()
+        assert list((tmp_path / "run").iterdir()) == []
+    assert (tmp_path / "theirs").read_text() == "precious"

@@ -80,6 +80,7 @@ def guarded(monkeypatch):
     factory = logging.getLogRecordFactory()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
+        logging.captureWarnings(False)  # a command that was tested before may have left it on
         guard_terminal()
         yield
         logging.captureWarnings(False)

@@ -166,3 +166,12 @@ def test_what_can_be_wrong_is_one_sentence(tmp_path, capsys):
     assert "cannot be made (Not a directory)" in capsys.readouterr().err
     assert room.main([str(tmp_path), "--student", "tiny", "--samples", "0"]) == 2
     assert "take one sample or more" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its kinds of files")
+@pytest.mark.parametrize("flags", [[], ["--student", "tiny", "--preset", "tiny"]], ids=["a run", "a student"])
+def test_a_folder_that_leads_elsewhere_is_refused(tmp_path, capsys, flags):
+    (tmp_path / "evaluate.jsonl").symlink_to(tmp_path / "theirs")
+    assert room.main([str(tmp_path), *flags]) == 2
+    assert "evaluate.jsonl is a symbolic link" in capsys.readouterr().err
+    assert not (tmp_path / "theirs").exists()

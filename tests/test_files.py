@@ -1,18 +1,167 @@
-"""Files in a stranger's folder: read and extended only where they are files, and replaced whole."""
+"""Files and folders that are whole or absent, and nothing outside the run's folder that a run could be led to."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
 
 from lite_mentor import files
-from lite_mentor.files import open_file, read_file, replace_file
+from lite_mentor.errors import UserError
+from lite_mentor.files import check_folder, open_file, read_file, remove, replace_file, replace_folder
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, pipes and devices of POSIX")
+posix = pytest.mark.skipif(os.name != "posix", reason="its kinds of files")
 
 
+def link(path: Path, outside: Path) -> None:
+    path.symlink_to(outside)
+
+
+def dangling_link(path: Path, outside: Path) -> None:
+    path.symlink_to(outside.with_name("nothing"))
+
+
+def link_to_a_folder(path: Path, outside: Path) -> None:
+    path.symlink_to(outside.parent)
+
+
+def hard_link(path: Path, outside: Path) -> None:
+    path.hardlink_to(outside)
+
+
+def pipe(path: Path, outside: Path) -> None:
+    os.mkfifo(path)
+
+
+def listening_socket(path: Path, outside: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # its whole path may be too long for a socket
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path.name)
+    os.chdir(here)
+
+
+FOREIGN = [link, dangling_link, link_to_a_folder, hard_link, pipe, listening_socket]
+
+
+@posix
+@pytest.mark.parametrize("make", FOREIGN, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "name", [".lock", "config.json", "metrics.jsonl", "quarantine.jsonl", "checkpoints", "best", ".tmp-report.html"]
+)
+def test_what_leads_elsewhere_is_refused(tmp_path, make, name):
+    run, outside = tmp_path / "run", tmp_path / "theirs"
+    run.mkdir()
+    outside.write_text("precious")
+    make(run / name, outside)
+    with pytest.raises(UserError, match=f"{name} is a .*only to plain files and folders of its own"):
+        check_folder(run)
+
+
+@posix
+def test_what_a_run_does_not_write_to_may_be_anything(tmp_path):
+    check_folder(tmp_path / "nothing yet")
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("")
+    link(run / "notes", tmp_path / "notes")
+    pipe(run / "pipe", tmp_path)
+    link(tmp_path / "elsewhere", run)
+    check_folder(run)
+    check_folder(tmp_path / "elsewhere")
+
+
+@posix
+@pytest.mark.parametrize("make", [link, pipe], ids=lambda make: make.__name__)
+def test_a_file_that_leads_elsewhere_is_neither_read_nor_written(tmp_path, make):
+    outside = tmp_path / "theirs"
+    outside.write_text("precious")
+    make(tmp_path / "file", outside)
+    make(tmp_path / ".tmp-file", outside)
+    with pytest.raises(OSError):  # noqa: PT011 - each kind has its own
+        read_file(tmp_path / "file", follow=False)
+    replace_file(tmp_path / "file", b"mine")
+    assert (read_file(tmp_path / "file", follow=False), outside.read_text()) == (b"mine", "precious")
+
+
+@posix
+def test_removing_a_link_leaves_what_it_leads_to(tmp_path):
+    (tmp_path / "theirs" / "deep").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    link(tmp_path / "mine" / "link", tmp_path / "theirs")
+    link(tmp_path / "link", tmp_path / "theirs")
+    (tmp_path / "file").write_text("")
+    for name in ("mine", "link", "file", "nothing"):
+        remove(tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
+    assert (tmp_path / "theirs" / "deep").is_dir()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of ours may run."""
+
+
+OLD, NEW = {"a": b"old", "b": b"old"}, {"a": b"new", "b": b"new"}
+
+
+def content(folder: Path) -> dict[str, bytes] | None:
+    return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.exists() else None
+
+
+@pytest.mark.parametrize("there", [None, OLD], ids=["nothing", "something"])
+def test_a_folder_is_whole_or_absent_whenever_it_is_killed(tmp_path, monkeypatch, there):
+    target = tmp_path / "best"
+    for moment in range(20):
+        shutil.rmtree(target, ignore_errors=True)
+        if there:
+            replace_folder(target, there)
+        calls = iter(range(100))
+        with monkeypatch.context() as patch:
+            for owner, name in [(os, "fsync"), (Path, "rename"), (Path, "mkdir"), (shutil, "rmtree"), (os, "open")]:
+                real = getattr(owner, name)
+
+                def stop(*args, real=real, moment=moment, calls=calls, **kwargs):
+                    if next(calls) == moment:
+                        raise Killed
+                    return real(*args, **kwargs)
+
+                patch.setattr(owner, name, stop)
+            try:
+                replace_folder(target, NEW)
+                break
+            except Killed:
+                pass
+        assert content(target) in (there, None, NEW)
+        replace_folder(target, NEW)
+        assert content(target) == NEW
+        assert [p.name for p in tmp_path.iterdir()] == ["best"]
+    else:
+        pytest.fail("it never came to its end")
+    assert moment > 8
+
+
+def test_a_disk_without_room_leaves_what_was_there(tmp_path, monkeypatch):
+    replace_folder(tmp_path / "best", OLD)
+    replace_file(tmp_path / "file", b"old")
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_folder(tmp_path / "best", NEW)
+    with pytest.raises(OSError, match="No space"):
+        replace_file(tmp_path / "file", b"new")
+    assert content(tmp_path / "best") == OLD
+    assert read_file(tmp_path / "file", follow=False) == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@posix
 def test_what_is_no_file_is_waited_for_by_nobody(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
@@ -23,6 +172,7 @@ def test_what_is_no_file_is_waited_for_by_nobody(tmp_path):
         open_file(tmp_path / "pipe", "a+b")
 
 
+@posix
 def test_links_are_read_and_not_written(tmp_path):
     (tmp_path / "outside").write_bytes(b"theirs")
     (tmp_path / "link").symlink_to(tmp_path / "outside")
@@ -30,13 +180,14 @@ def test_links_are_read_and_not_written(tmp_path):
     for mode in ("ab", "a+b", "wb", "r+b"):
         with pytest.raises(OSError, match="it is a link"):
             open_file(tmp_path / "link", mode, follow=False)
-    (tmp_path / "link.tmp").symlink_to(tmp_path / "outside")
+    (tmp_path / ".tmp-link").symlink_to(tmp_path / "outside")
     replace_file(tmp_path / "link", b"ours")
     assert (tmp_path / "outside").read_bytes() == b"theirs"
     assert not (tmp_path / "link").is_symlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "outside"]
 
 
+@posix
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, monkeypatch):
     done = []
     rename, sync = Path.replace, os.fsync

@@ -268,3 +268,11 @@ def test_an_empty_file_is_the_users_error(tmp_path, content):
 def test_a_wrong_path_is_the_users_error(tmp_path, name, reason):
     with pytest.raises(UserError, match=reason):
         read_tasks(tmp_path / name, quarantine=tmp_path / "quarantine.jsonl", describe=no_module)
+
+
+def test_rows_that_cannot_be_set_aside_are_one_sentence(tmp_path):
+    (tmp_path / "tasks.jsonl").write_text("{oops\n")
+    (tmp_path / "file").write_text("")
+    quarantine = tmp_path / "file" / "quarantine.jsonl"
+    with pytest.raises(UserError, match=r"quarantine\.jsonl cannot be written .*make room or rights there"):
+        read_tasks(tmp_path / "tasks.jsonl", quarantine=quarantine, describe=no_module)

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -209,6 +210,35 @@ def test_a_full_disk_is_one_sentence_and_no_half_line(run):
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
         run.step(metrics(1))
     assert (run.out / "metrics.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("fails", ["__init__", "add_scalar", "close"])
+def test_a_tracker_without_room_is_one_sentence(tmp_path, monkeypatch, fails):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = type("SummaryWriter", (), dict.fromkeys(("__init__", "add_scalar", "close"), lambda *_: None))
+    setattr(writer, fails, full)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
+
+    def tracked() -> None:
+        with RunLog(tmp_path, CONFIG | {"track": "tensorboard"}, total_steps=1, quiet=True) as run:
+            run.step(metrics(0, loss=1.0))
+
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+        tracked()
+
+
+def test_lines_that_cannot_be_read_are_one_sentence(run, monkeypatch):
+    def broken(path, *, follow=True):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(log, "read_file", broken)
+    for act in (run.holds_rl_steps, lambda: run.best_step("test"), lambda: run.damaged(run.position())):
+        with pytest.raises(UserError, match="Input/output error"):
+            act()
+    with pytest.raises(UserError, match="Input/output error"):
+        run.rewind({})
 
 
 def test_a_write_in_two_parts_is_still_one_line(run):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bench import flips, growth
+from bench import faults, flips, growth
 from bench.__main__ import main as bench_main
 from bench.kills import differences
 from lite_mentor.errors import UserError
@@ -53,6 +54,64 @@ def assert_differences_are_seen(one: Path, other: Path) -> None:
         "checkpoints/.tmp-000009-1",
         str(state.relative_to(other)),
     ]
+
+
+SMALL = ["--preset", "tiny", "--device", "cpu", "--sft-steps", "1", "--sft-batch", "2", "--prompts-per-step", "1",
+         "--group-size", "2", "--eval-size", "1", "--train-size", "20", "--max-new-tokens", "8", "--max-turns", "1",
+         "--lora-rank", "2", "--steps", "1", "--eval-suites", "validation"]  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it asks /proc which file a descriptor is")
+def test_runs_that_met_a_fault_end_as_the_one_that_met_none(tmp_path, cache, capfd):
+    with capfd.disabled():  # forked trainers write to the real files 1 and 2
+        found = faults.soak(tmp_path, most=3, flags=SMALL)
+    assert [(o["wrong"], o["part"]) for o in found["outcomes"]] == [("", faults.NEW)] * 2 + [("", faults.OPENED)]
+    assert found["differences_without_a_fault"] == []
+    assert {o["ended"] for o in found["outcomes"]} <= {"went on", "one sentence", "killed"}
+    assert "1 of 1" in faults.table(found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it asks /proc which file a descriptor is")
+@pytest.mark.parametrize("kind", faults.KINDS)
+def test_each_fault_comes_where_it_should(tmp_path, kind):
+    """The comparison of runs is worth something only if the faults do come."""
+    run = tmp_path / "run"
+    injector = faults.Injector(run, faults.Fault(kind, 3), tmp_path / "points.txt")
+
+    def child() -> None:
+        injector.install()
+        run.mkdir()
+        with open(run / "lines", "ab", buffering=0) as file:
+            first = file.write(b"12345678")
+            os.write(told, f"{first} ".encode())
+            for _ in range(2):
+                try:
+                    os.write(told, f"{file.write(b'abcd')} ".encode())
+                    (run / "lines").rename(run / "renamed")
+                except OSError as error:
+                    os.write(told, f"{error.errno} ".encode())
+
+    told = os.open(tmp_path / "told", os.O_WRONLY | os.O_CREAT)
+    pid = os.fork()
+    if not pid:
+        try:
+            child()
+        except OSError as error:
+            os.write(told, f"raised {error.errno}".encode())
+        finally:
+            os._exit(0)
+    killed = os.waitpid(pid, 0)[1] == signal.SIGKILL
+    os.close(told)
+    points = (tmp_path / "points.txt").read_text().splitlines()
+    assert points[:3] == ["mkdir .", "open lines", "write lines"]
+    text = (run / "lines").read_text() if (run / "lines").exists() else (run / "renamed").read_text()
+    assert (killed, text, (tmp_path / "told").read_text()) == {
+        "a short write": (False, "1234abcdabcd", "4 4 4 2 "),
+        "an I/O error": (False, "", "raised 5"),
+        "a full disk": (False, "1234", "4 28 28 "),
+        "a kill before": (True, "", ""),
+        "a kill within": (True, "1234", ""),
+    }[kind]
 
 
 @pytest.fixture(scope="module")
@@ -104,4 +163,4 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path, capsys):
     assert bench_main(["soak", "--kills", "1", "--out", str(tmp_path)]) == 2
     assert "already holds files" in capsys.readouterr().err
     assert bench_main(["soak", "--out", str(tmp_path / "new")]) == 2
-    assert "give --kills, --flips or --steps" in capsys.readouterr().err
+    assert "give --kills, --faults, --flips or --steps" in capsys.readouterr().err

@@ -318,6 +318,9 @@ def test_a_saved_adapter_loads_in_plain_peft(tmp_path, architecture):
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["target_modules"] == sorted(written["target_modules"])  # the same bytes however strings hash
+    assert written["inference_mode"] is True
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder)
     assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (4, 32, True)

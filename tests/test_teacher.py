@@ -458,7 +458,7 @@ def test_a_strangers_links_and_pipes_are_refused(tmp_path):
     outside = tmp_path / "outside"
     outside.write_bytes(b"theirs")
     cache, kept = fill(tmp_path / "cache", A), tmp_path / "kept"
-    (cache / "manifest.json.tmp").symlink_to(outside)
+    (cache / ".tmp-manifest.json").symlink_to(outside)
     assert len(open_cache(fill(cache))) == 1
     for name, make, uses, why in (
         ("records.jsonl", lambda path: path.symlink_to(outside), [fill], "it is a link"),

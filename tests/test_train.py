@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,9 +21,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
-from lite_mentor import checkpoint, paging
+from lite_mentor import checkpoint, paging, report
 from lite_mentor import run as run_room
 from lite_mentor.checkpoint import versions
+from lite_mentor.files import OWN
 from lite_mentor.rollout import Limits
 from lite_mentor.student import Student
 from lite_mentor.teacher import TeacherCache
@@ -62,6 +64,7 @@ def test_a_run_leaves_everything_it_promises(straight):
     names = {p.name for p in straight.iterdir()}
     files = {"config.json", "metrics.jsonl", "rollouts.jsonl", "eval.jsonl", "report.html"}
     assert names >= files | {"checkpoints", "adapter"}
+    assert not [name for name in names if not any(fnmatch(name, own) for own in OWN)]
     metrics = rows(straight / "metrics.jsonl")
     assert [(m["phase"], m["step"]) for m in metrics] == [("sft", i) for i in range(3)] + [("rl", i) for i in range(4)]
     wanted = {"reward/mean", "reward/std", "reward/correct", "reward/align", "reward/valid", "advantage/zero_variance",
@@ -210,6 +213,26 @@ def test_evaluations_on_the_way_keep_the_best_adapter(tmp_path, monkeypatch):
     assert kept == ["cold_start", "best", "adapter"]
 
 
+def test_a_best_adapter_that_a_kill_kept_from_its_folder_is_written_by_the_resumption(tmp_path, monkeypatch):
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+
+    out, best = tmp_path / "run", tmp_path / "run" / "best"
+    real = Student.save_adapter
+    monkeypatch.setattr(Student, "save_adapter", lambda self, path: dies() if path == best else real(self, path))
+    flags = ("--sft-steps", "1", "--steps", "2", "--eval-every", "1", "--eval-suites", "validation", "--eval-size", "2")
+    assert run(out, *flags) == 130
+    assert not best.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "train_step", dies)
+    assert train.main(["--resume", str(out)]) == 130
+    kept = load_file(best / "adapter_model.safetensors")
+    then = load_file(out / "checkpoints" / "step-000001" / "adapter.safetensors")
+    assert {name.replace(".default.", "."): tensor.tolist() for name, tensor in then.items()} == {
+        name: tensor.tolist() for name, tensor in kept.items()
+    }
+
+
 def test_check_proves_that_the_fullest_row_fits_and_changes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run_room, "why_cpu", lambda requested: f"the GPU is not seen ({requested})")
     assert run(tmp_path / "check", "--check") == 0
@@ -323,6 +346,10 @@ def test_resume_with_another_student_or_other_records(capsys, straight, tmp_path
     monkeypatch.setattr(checkpoint, "versions", lambda: {**versions(), "torch": "9.9"})
     assert "torch was 2." in complaint(capsys, *resume)
     monkeypatch.undo()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    error = complaint(capsys, *resume)
+    assert "bit for bit: the number of torch's threads was 1 and is 7. Put that right, or accept it with --res" in error
+    monkeypatch.undo()
     assert "date was 20" in complaint(capsys, *resume, "--date", "2020-02-29")
 
 
@@ -337,6 +364,23 @@ def test_resume_with_other_tools_and_another_judge(capsys, straight, tmp_path, m
     assert f"cannot be continued bit for bit: {said}. Put that right, or accept it with --resume-anyway." in error
     assert train.main(["--resume", str(out), "--resume-anyway"]) == 0
     assert "going on although the code of the tools changed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("device", "found"),
+    [
+        ("cpu", ["the number of torch's threads was 4 and is 2", "the processor's instruction set was A and is B"]),
+        ("cuda", ["the GPU was C and is D"]),
+    ],
+)
+def test_only_what_computes_the_run_has_to_stay(monkeypatch, device, found):
+    names = (checkpoint.THREADS, checkpoint.INSTRUCTIONS, checkpoint.GPU)
+    monkeypatch.setattr(checkpoint, "versions", lambda: dict(zip(names, ("2", "B", "D"), strict=True)))
+    then = SimpleNamespace(
+        state={"config": {}, "identity": {}}, versions=dict(zip(names, ("4", "A", "C"), strict=True))
+    )
+    now = SimpleNamespace(config=SimpleNamespace(device=device, asdict=dict), identity={})
+    assert run_room.differences(then, now) == ([], found)
 
 
 def test_a_run_tells_its_template_the_day_on_which_it_was_begun(capsys, tmp_path, monkeypatch):
@@ -404,6 +448,51 @@ def test_no_room_on_the_disk(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "mkdir", full)
     assert "No space left on device" in complaint(capsys, "--out", str(tmp_path / "r"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its limits")
+@pytest.mark.parametrize("most", [0, 200], ids=["the lock", "config.json"])
+def test_a_file_that_may_not_grow(capsys, tmp_path, most):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        error = complaint(capsys, "--out", str(tmp_path / "r"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"The run's folder {tmp_path / 'r'} cannot be written (File too large)" in error
+    assert not list((tmp_path / "r").glob("**/.tmp-*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its kinds of files")
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoints", "report.html", "quarantine.jsonl"])
+@pytest.mark.parametrize("kind", ["a symbolic link", "a pipe"])
+def test_a_folder_from_elsewhere_cannot_make_a_run_write_outside_or_wait(capsys, straight, tmp_path, name, kind):
+    out, theirs = tmp_path / "run", tmp_path / "theirs"
+    shutil.copytree(straight, out)
+    if (out / name).exists():
+        (out / name).rename(theirs)
+    else:
+        theirs.write_text("precious")
+    before = sorted((str(p), p.stat().st_mtime_ns) for p in (theirs, *theirs.rglob("*")))
+    if kind == "a pipe":
+        os.mkfifo(out / name)
+    else:
+        (out / name).symlink_to(theirs)
+    for argv in (["--resume", str(out)], ["--out", str(out)]):
+        assert f"{out / name} is {kind}" in complaint(capsys, *argv)
+    with pytest.raises(SystemExit, match=f"{name} is {kind}"):
+        report.main([str(out)])
+    assert sorted((str(p), p.stat().st_mtime_ns) for p in (theirs, *theirs.rglob("*"))) == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its kinds of files")
+def test_the_folder_itself_may_be_a_link(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    assert train.main(["--resume", str(tmp_path / "link")]) == 0
+    report.main([str(tmp_path / "link")])
 
 
 def test_a_second_process_on_the_same_folder(capsys, straight):

@@ -321,4 +321,4 @@ def _write_quarantine(quarantine: Path, rejected: Sequence[Mapping[str, Any]]) -
         else:
             quarantine.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{quarantine} cannot be written ({error.strerror}); choose another --out.") from error
+        raise UserError(f"{quarantine} cannot be written ({error.strerror}); make room or rights there.") from error
