@@ -9,7 +9,7 @@ from lite_mentor.errors import UserError
 
 COMMANDS = (
     "agreement", "all", "arms", "attacks", "caps", "facts", "fuzz", "keep-rate", "kernels", "launches", "micro",
-    "random-student", "rollout", "soak", "step",
+    "mutants", "random-student", "rollout", "soak", "step",
 )  # fmt: skip
 """Each is the `main` of the module of that name, which is imported alone: it may need what another does not."""
 
