@@ -191,6 +191,17 @@ def test_gdpo_looks_at_the_terms_that_pay():
     assert paid.advantage_B.tolist() == [0.0, 0.0]
 
 
+def test_equal_rewards_of_different_terms_are_a_variance_to_gdpo_alone():
+    # 0.7 + 0.2 * 1/2 + 0: one of the teacher's three tools, called three times in vain; and 0.7 + 0 + 0.1.
+    three = dict(calls=3, teacher=frozenset({0, 1, 2}), teacher_calls=3)
+    pair = replace(RIGHT, student=frozenset({0}), ok=0, **three), replace(RIGHT, student=frozenset({5}), ok=3, **three)
+    out = score(*pair, reward="flex", advantage="gdpo")
+    assert out.reward_B[0] == out.reward_B[1]
+    assert out.zero_variance_G.tolist() == [False]
+    assert out.advantage_B.tolist() == pytest.approx([1 / math.sqrt(2), -1 / math.sqrt(2)], abs=1e-4)
+    assert score(*pair, reward="flex", advantage="grpo").zero_variance_G.tolist() == [True]
+
+
 @pytest.mark.parametrize("advantage", ADVANTAGES)
 def test_what_could_not_be_scored_leaves_the_group(advantage):
     lost = replace(RIGHT, correct=math.nan)

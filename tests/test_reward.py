@@ -26,6 +26,7 @@ def call(name: str, **arguments) -> ToolCall:
 
 ADD, DOUBLE = call("add", a=2, b=3), call("multiply", a=5, b=2)
 UNKNOWN, BAD_JSON, BAD_ARGUMENTS = call("search", query="x"), run_call("{", TOOLS), call("add", a="x")
+FAILED = call("divide", a=1, b=0)
 RECORD = TeacherRecord(EXAMPLE.key, "oracle", (), (ADD, DOUBLE), "10", True, "")
 
 
@@ -92,9 +93,15 @@ def test_a_right_answer_in_an_unfinished_episode_is_not_right():
     assert not measure(EXAMPLE, episode(answer="10", stop="max_tokens"), RECORD).correct
 
 
-def test_a_call_with_bad_arguments_used_its_tool_but_did_not_work():
-    m = measure(EXAMPLE, episode([BAD_ARGUMENTS]), RECORD)
-    assert (m.student_tools, m.ok_calls, m.unknown_calls, m.calls) == (frozenset({"add"}), 0, 0, 1)
+def test_a_call_that_failed_used_its_tool_but_did_not_work():
+    assert (BAD_ARGUMENTS.status, FAILED.status) == ("bad_arguments", "error")
+    m = measure(EXAMPLE, episode([BAD_ARGUMENTS, FAILED]), RECORD)
+    assert (m.student_tools, m.ok_calls, m.unknown_calls, m.calls) == (frozenset({"add", "divide"}), 0, 0, 2)
+
+
+def test_neither_an_unknown_tool_nor_a_malformed_call_is_a_tool_that_was_used():
+    m = measure(EXAMPLE, episode([UNKNOWN, BAD_JSON]), RECORD)
+    assert (m.student_tools, m.ok_calls, m.unknown_calls, m.calls) == (frozenset(), 0, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +124,12 @@ def test_strict_by_hand(calls, boxed, expected):
     assert strict_reward(calls, BOTH, boxed=boxed) == pytest.approx(expected)
 
 
+def test_strict_matches_a_call_once():
+    """Of two gold calls of one tool, one was made."""
+    gold = (ADD, call("add", a=2, b=4))
+    assert strict_reward([ADD], gold, boxed=True) == pytest.approx(1 + 6 * (0.5 + 3) / 7 - 3)
+
+
 any_call = st.sampled_from([ADD, DOUBLE, UNKNOWN, BAD_JSON, BAD_ARGUMENTS])
 
 
@@ -132,7 +145,7 @@ def test_a_tool_that_the_example_does_not_offer_has_no_bit():
 
 def test_more_tools_than_a_word_has_bits():
     names = [f"t{i}" for i in range(130)]
-    assert bit_mask(frozenset({"t0", "t63", "t129"}), names, 3) == [1, 1, 1 << 3]
+    assert bit_mask(frozenset({"t0", "t62", "t63", "t129"}), names, 3) == [1 | 1 << 62, 1, 1 << 3]
 
 
 def test_a_group_is_compared_with_itself():
@@ -150,6 +163,28 @@ def test_a_group_is_compared_with_itself():
     assert metrics["calls/per_rollout"] == pytest.approx(2 / 3)
     assert metrics["stop/answer"] == 1.0
     assert metrics["tokens/sampled"] == 3
+
+
+def test_each_rollout_is_compared_with_the_record_of_its_own_example():
+    other = make_example("What is 2 + 4?", ["6"], TOOLS, suite="test")
+    records = {EXAMPLE.key: RECORD, other.key: dataclasses.replace(RECORD, example_key=other.key, calls=(ADD,))}
+    rollouts = [episode(BOTH), dataclasses.replace(episode(BOTH, "6", group=1), example_key=other.key)]
+    config = dataclasses.replace(PRESETS["tiny"], reward="mentor", advantage="grpo", device="cpu")
+    scored, _ = score({EXAMPLE.key: EXAMPLE, other.key: other}, rollouts, records, config)
+    assert [s.terms["correct"] for s in scored] == [1.0, 1.0]
+    assert [s.terms["align"] for s in scored] == [1.0, 0.0]
+
+
+def test_tools_of_every_word_are_compared():
+    """Of seventy tools the last, which only a second word holds."""
+    many = tuple(dataclasses.replace(TOOLS[0], name=f"t{i}") for i in range(70))
+    example = dataclasses.replace(EXAMPLE, tools=many)
+    used, asked = (ToolCall(name, {}, "", "ok", "") for name in ("t68", "t69"))
+    config = dataclasses.replace(PRESETS["tiny"], reward="mentor", advantage="grpo", device="cpu")
+    record = dataclasses.replace(RECORD, calls=(asked,))
+    rollouts = [episode([used]), episode([asked], index=1)]
+    scored, _ = score({EXAMPLE.key: example}, rollouts, {EXAMPLE.key: record}, config)
+    assert [s.terms["align"] for s in scored] == [0.0, 1.0]
 
 
 def test_a_step_waits_for_its_rewards_once(monkeypatch):

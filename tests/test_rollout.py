@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError
 from lite_mentor.prompt import Chat
-from lite_mentor.rollout import Limits, messages_of, roll_out
+from lite_mentor.rollout import Limits, messages_of, noise, roll_out
 from lite_mentor.sft import teacher_rollout
 from lite_mentor.tasks import load_suite
 from lite_mentor.tiny import tiny_tokenizer
@@ -174,6 +174,21 @@ def test_a_result_that_does_not_fit_ends_the_episode():
 def test_a_group_keeps_its_order():
     rollouts = play(["\\boxed{1}"], [], group_size=3)
     assert [(r.group, r.index, r.example_key) for r in rollouts] == [(0, i, EXAMPLE.key) for i in range(3)]
+
+
+def test_each_rollout_draws_the_noise_of_its_seed_step_example_and_index(monkeypatch):
+    drawn = []
+    submit = Engine.submit
+    monkeypatch.setattr(
+        Engine, "submit", lambda self, ids, uniforms: drawn.append(uniforms) or submit(self, ids, uniforms)
+    )
+    play(["\\boxed{1}"], [], group_size=2)
+    assert drawn == [noise(0, 0, EXAMPLE.key, index, 150) for index in range(2)]
+    changed = [
+        noise(*key, 3) for key in ((0, 0, "a", 0), (1, 0, "a", 0), (0, 1, "a", 0), (0, 0, "b", 0), (0, 0, "a", 1))
+    ]
+    assert len({tuple(uniforms) for uniforms in changed}) == 5
+    assert noise(0, 1, "a", 2, 3) == noise(0, 1, "a", 2, 5)[:3]
 
 
 def test_a_prompt_over_the_limit_is_one_sentence():

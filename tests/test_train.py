@@ -13,6 +13,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,10 +26,15 @@ from lite_mentor import checkpoint, paging, report
 from lite_mentor import run as run_room
 from lite_mentor.checkpoint import versions
 from lite_mentor.files import OWN
+from lite_mentor.config import PRESETS, parse
+from lite_mentor.optim import apply_gradients, make_optimizer
 from lite_mentor.rollout import Limits
 from lite_mentor.student import Student
+from lite_mentor.tasks import load_suite
 from lite_mentor.teacher import TeacherCache
 from lite_mentor.tiny import tiny_student
+from lite_mentor.types import Scored
+from tests.test_batch import rollout
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--preset", "tiny", "--sft-steps", "3", "--sft-batch", "8", "--prompts-per-step", "4", "--group-size", "4",
@@ -548,3 +554,130 @@ def test_the_support_gate_asks_what_the_teacher_used_tools_for_at_the_runs_own_l
     assert gate({"a": (), "b": (1,), "c": (), "d": (1, 2)}) == 1
     assert gate({"a": (), "b": ()}) == 1
     assert asked == [["b", "d"], ["a", "b"]]
+
+
+# --- one step and one folder at a time ------------------------------------------------------------------------------
+
+
+def taken(monkeypatch, reason: str = "") -> tuple[list, list]:
+    """A step of two groups, of which the second has no variance -> what was refused, and the groups of the update."""
+    scored = [SimpleNamespace(rollout=SimpleNamespace(group=group)) for group in (0, 0, 1, 1)]
+    groups = SimpleNamespace(zero_variance_G=[False, True])
+    refused, taught = [], []
+    monkeypatch.setattr(train, "roll_out", lambda *_, **__: [])
+    monkeypatch.setattr(train, "score", lambda *_: (scored, groups))
+    monkeypatch.setattr(train, "unsound", lambda found: reason)
+    monkeypatch.setattr(train, "summarise", lambda *_: {})
+    monkeypatch.setattr(train, "update", lambda run, share, step: taught.append([s.rollout.group for s in share]) or {})
+    room = SimpleNamespace(
+        config=replace(PRESETS["tiny"], device="cpu"), engine=Mock(evictions=0), chat=Mock(), log=Mock(), run_call=None,
+        refresh_rollouts=Mock(), take=Mock(), limits=None, sampling=None, by_key={}, teacher={},
+        guard=Mock(refused=lambda *what: refused.append(what[2])),
+    )  # fmt: skip
+    train.train_step(room, 0)
+    return refused, taught
+
+
+def test_groups_without_variance_and_unsound_numbers_are_not_trained_on(monkeypatch):
+    assert taken(monkeypatch) == ([], [[0, 0]])
+    assert taken(monkeypatch, "the reward is not finite") == (["the reward is not finite"], [[]])
+
+
+def updated(monkeypatch, loss_of, **changes) -> SimpleNamespace:
+    """`updates_per_step` updates of one weight by two groups, each with this loss."""
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    found = SimpleNamespace(weight=weight, refused=[], old=[])
+
+    def batch_loss(student, batch, config, old_logp_N=None):
+        found.old.append(old_logp_N)
+        return SimpleNamespace(loss=loss_of(weight), metrics={})
+
+    monkeypatch.setattr(train, "batch_loss", batch_loss)
+    monkeypatch.setattr(train, "old_logprobs", lambda *_: weight.item())
+    config = replace(PRESETS["tiny"], device="cpu", warmup=0, **changes)
+    room = SimpleNamespace(
+        config=config, student=SimpleNamespace(trainable=lambda: [weight]), optimizer=make_optimizer([weight], config),
+        guard=SimpleNamespace(passed=lambda: None, refused=lambda *what: found.refused.append(what[2])),
+    )  # fmt: skip
+    train.update(room, [Scored(rollout([1, 2], [(3, 1)], group=g), {}, 1.0, 1.0) for g in (0, 1)], 0)
+    return found
+
+
+def test_old_logprobs_are_taken_before_the_first_of_several_updates(monkeypatch):
+    assert updated(monkeypatch, torch.sum, updates_per_step=2).old == [1.0, 1.0]
+    assert updated(monkeypatch, torch.sum, updates_per_step=1).old == [None]
+
+
+def test_a_loss_that_is_not_finite_is_refused_though_its_gradient_is(monkeypatch):
+    found = updated(monkeypatch, lambda weight: weight.sum() + float("inf"))
+    assert found.weight.item() == 1.0
+    assert [why.split(";")[0] for why in found.refused] == ["not finite: loss"]
+    assert updated(monkeypatch, torch.sum).weight.item() < 1.0
+
+
+def test_new_weights_reach_the_sampler_and_what_older_ones_computed_is_forgotten():
+    order = []
+    run_room.Run.refresh_rollouts(SimpleNamespace(
+        student=SimpleNamespace(refresh_rollout_weights=lambda: order.append("weights")),
+        engine=SimpleNamespace(weights_changed=lambda: order.append("cache")),
+    ))  # fmt: skip
+    assert order == ["weights", "cache"]
+
+
+def test_rl_goes_on_behind_the_examples_of_the_cold_start():
+    config = SimpleNamespace(sft_steps=2, sft_batch=3, prompts_per_step=2)
+    room = SimpleNamespace(config=config, examples=tuple(range(9)))
+    assert [run_room.Run.take(room, step) for step in range(3)] == [[6, 7], [8, 0], [1, 2]]
+
+
+def test_the_order_of_the_examples_is_the_seeds(tmp_path, monkeypatch):
+    teacher = SimpleNamespace(usable=list)
+    monkeypatch.setattr(run_room, "load_task", lambda *_, **__: range(60))
+    monkeypatch.setattr(run_room, "open_teacher", lambda *_: teacher)
+    first, again, other = (
+        run_room.training_examples(replace(PRESETS["tiny"], seed=seed), tmp_path, print)[0] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert sorted(first) == sorted(other) == list(range(60))
+
+
+def test_a_run_knows_the_words_of_its_teachers_records():
+    example = load_suite("tiny", split="train", size=1, seed=0)[0]
+
+    def identity(said: str) -> dict[str, str]:
+        record = SimpleNamespace(messages=[{"role": "assistant", "content": said}])
+        rooms = SimpleNamespace(fingerprint=lambda: "")
+        return run_room.identity_of([example], {example.key: record}, rooms, rooms)
+
+    one, other = identity("5"), identity("6")
+    assert {name for name in one if one[name] != other[name]} == {"the tasks or the teacher's records"}
+
+
+def test_all_that_changes_in_a_run_comes_back(tmp_path):
+    """From the state that `save` wrote, whatever happened to it since."""
+    flags = ["--eval-suites", "validation", "--eval-size", "2", "--steps", "9", "--beta", "0.1"]
+    with run_room.prepare(parse([*SHORT, "--out", str(tmp_path / "run"), *flags])) as run:
+        run.restore()
+
+        def learn() -> None:
+            sum(p.sum() for p in run.student.trainable()).backward()
+            apply_gradients(run.optimizer, lr=0.1, max_norm=1.0)
+            torch.rand(1)
+            run.guard.in_a_row += 1
+
+        def state() -> list:
+            tensors, described = checkpoint.pack_optimizer(run.optimizer)
+            parts = [run.student.adapter_state(), run.student.reference_state(), tensors, checkpoint.rng_state()[0]]
+            return [described, run.guard.in_a_row, *({n: t.tolist() for n, t in part.items()} for part in parts)]
+
+        learn()
+        run.student.keep_reference()
+        learn()
+        run.save(1)
+        saved = state()
+        learn()
+        run.student.keep_reference()
+        now = state()
+        assert all(a != b for a, b in zip(saved[1:], now[1:], strict=True))
+        assert run.restore() == 1
+        assert state() == saved
