@@ -20,6 +20,7 @@ import torch
 from lite_mentor import checkpoint, files
 from lite_mentor.checkpoint import load, lock, pack_optimizer, restore_rng, rng_state, save, unpack_optimizer
 from lite_mentor.errors import UserError
+from tests.disk_order import DiskOrder
 
 SHARED = torch.arange(12.0)
 TENSORS = {
@@ -128,6 +129,15 @@ def test_a_damaged_newer_checkpoint_falls_back_and_is_replaced_when_its_step_com
     write(tmp_path, 2, 2.5, keep=1)
     assert names(tmp_path) == ["step-000002"]
     assert load(tmp_path)[0].tensors["adapter"]["w"].tolist() == [2.5] * 5
+
+
+def test_files_are_durable_before_they_are_named_and_the_name_before_older_ones_go(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    order = DiskOrder(monkeypatch)
+    path = write(tmp_path, 2, keep=1)
+    seen = order.seen(path, path.parent)
+    assert sorted(seen[:3]) == ["MANIFEST.json", "adapter.safetensors", "state.json"]
+    assert seen[3:] == ["step-000002", "> step-000002", "checkpoints", "> .tmp-pruned-step-000001"]
 
 
 def test_saving_the_same_step_twice(tmp_path):

@@ -16,6 +16,7 @@ from lite_mentor.display import step_line, warnings_for
 from lite_mentor.errors import UserError
 from lite_mentor.log import RunLog, Stopwatch, peak_memory_bytes, segments
 from lite_mentor.types import Example, Rollout, Scored
+from tests.disk_order import DiskOrder
 
 CONFIG = {"preset": "quick", "student": "smollm2-135m", "sft_steps": 3, "clip": (0.2, 0.28)}
 RESULT = {"n": 4, "keys": ["a", "b", "c", "d"], "correct": [1, 0, 1, 0], "accuracy": 0.5, "ci95": [0.15, 0.85]}
@@ -155,6 +156,14 @@ def test_rewind_drops_what_will_be_done_again(tmp_path):
     with RunLog(tmp_path, CONFIG, total_steps=4, quiet=True, resume=True) as run:
         run.rewind({})
     assert [(tmp_path / name).read_bytes() for name in log.LINES] == [b"", b"", b""]
+
+
+def test_a_position_is_that_of_lines_on_the_disk(run, monkeypatch):
+    order = DiskOrder(monkeypatch)
+    run.step(metrics(0))
+    assert order.seen(run.out) == []
+    run.position()
+    assert sorted(order.seen(run.out)) == sorted(log.LINES)
 
 
 def test_lines_that_are_not_as_written_are_found_and_can_be_set_aside(tmp_path):

@@ -26,6 +26,7 @@ from lite_mentor.tasks import make_example
 from lite_mentor.teacher import Manifest, append_to, open_cache, render_record, seal, with_facts
 from lite_mentor.tools import calculator_tools
 from lite_mentor.types import TeacherRecord, ToolCall
+from tests.disk_order import DiskOrder
 
 MANIFEST = Manifest(
     teacher="endpoint:m", source="endpoint", decoding={"temperature": 0.5}, suite="math", command=("--suite", "math")
@@ -364,6 +365,12 @@ def test_a_kill_before_the_first_manifest(tmp_path):
         cache.append(A)
     assert not (tmp_path / "manifest.json").exists()
     assert dict(open_cache(fill(tmp_path, C))) == {"a": A, "c": C}
+
+
+def test_records_are_on_the_disk_before_the_manifest_counts_them(tmp_path, monkeypatch):
+    order = DiskOrder(monkeypatch)
+    fill(tmp_path, A)
+    assert order.seen(tmp_path) == ["records.jsonl", "manifest.json", "> manifest.json"]
 
 
 def test_a_long_fill_publishes_now_and_then(tmp_path, monkeypatch):
