@@ -49,7 +49,7 @@ def soak(out: Path, *, kills: int, seed: int, flags: Sequence[str]) -> dict:
     Returns the counts, every kill, and every difference found; folders of runs that did not end exactly are kept.
     """
     generator = random.Random(seed)
-    adopt_orphans()
+    _adopt_orphans()
     flags = [*FLAGS, *flags]
     _fresh(out / "uninterrupted", flags)
     begin = time.monotonic()
@@ -138,14 +138,14 @@ def _chain(out: Path, flags: list[str], wall: float, kills: int, generator: rand
             alive = alive and _wait(pid, generator.uniform(0, MOST_SAVE_SECONDS))
         if not alive or len(struck) == kills:
             end(pid, text)
-            orphans()
+            _orphans()
             text.unlink()
             return []
         os.kill(pid, signal.SIGKILL)
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != -signal.SIGKILL:
             continue  # it ended by itself just then; the next start finds a finished run
         seconds = round(time.monotonic() - begin, 3)
-        struck.append({"run": out.name, "aim": aim, "seconds": seconds, "place": _place(out), "orphans": orphans()})
+        struck.append({"run": out.name, "aim": aim, "seconds": seconds, "place": _place(out), "orphans": _orphans()})
 
 
 def _place(out: Path) -> str:
@@ -242,14 +242,14 @@ def end(pid: int, text: Path) -> None:
         raise UserError(f"A trainer that was not killed failed; {text} ends with: {last}")
 
 
-def adopt_orphans() -> None:
+def _adopt_orphans() -> None:
     """Let the workers of a killed trainer become children of this process, so that they can be counted."""
     pr_set_child_subreaper = 36
     if not sys.platform.startswith("linux") or ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0):
         raise UserError("The kills need Linux: elsewhere nobody can tell whether a killed run leaves workers behind.")
 
 
-def orphans() -> int:
+def _orphans() -> int:
     """How many of the workers that ended trainers left behind outlive them; those are killed here."""
     deadline = time.monotonic() + ORPHAN_SECONDS
     while time.monotonic() < deadline:

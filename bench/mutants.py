@@ -8,6 +8,8 @@ holds every result as soon as it is known: the same command goes on where it was
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -19,18 +21,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from bench.kills import adopt_orphans, orphans
 from bench.measure import dirty, machine
 from lite_mentor.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 LIST = Path(__file__).with_suffix(".txt")
-PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-o", "addopts=", "-p", "no:cacheprovider",
+PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-o", "addopts=", "-p", "no:cacheprovider",
           "--tb=no", "-rfEs"]  # fmt: skip
 
 
@@ -98,8 +99,8 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     chosen = choose(read_list(LIST.read_text(encoding="utf-8")), options.only)
     options.out.mkdir(parents=True, exist_ok=True)
-    adopt_orphans()
-    with tempfile.TemporaryDirectory() as folder:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that whoever ends this ends the tests too
+    with tempfile.TemporaryDirectory() as folder, adopting_orphans():
         copy = Path(folder)
         tree = copy_tree(copy)
         for mutant in chosen:  # before hours are spent
@@ -201,28 +202,57 @@ def examine(mutant: Mutant, copy: Path, seconds: float) -> dict:
 
 
 def pytest(tests: Iterable[str], folder: Path, seconds: float) -> tuple[int | None, str]:
-    """Run tests -> pytest's exit status, None when their time was up; and the output. Nothing of theirs is left."""
+    """Run tests -> pytest's exit status, None when their time was up; and what it printed."""
+    return run([*PYTEST, *tests], folder, seconds)
+
+
+def run(command: Sequence[str], folder: Path, seconds: float) -> tuple[int | None, str]:
+    """Run a command of a copy -> its exit status, None when its time was up; and its output. Nothing of it is left."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder), str(folder / "kernels")]),
         "PYTHONDONTWRITEBYTECODE": "1",  # two versions of a file may have one size and be of one second
         "OMP_NUM_THREADS": "1",
     }
+    others = children()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            [*PYTEST, *tests], cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
         )  # fmt: skip
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            orphans()
+            process.wait()
+            while left := children() - others:  # those of the killed come to us in their turn
+                for pid in left:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
         output.seek(0)
         return code, output.read()
+
+
+def children() -> set[int]:
+    """This process's own, where the system tells them."""
+    try:
+        return {*map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())}
+    except FileNotFoundError:
+        return set()
+
+
+@contextlib.contextmanager
+def adopting_orphans() -> Iterator[None]:
+    """In the block, what outlives its parent among our descendants becomes a child of this process. Linux alone."""
+    pr_set_child_subreaper = 36
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
+    prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(pr_set_child_subreaper, 0, 0, 0, 0)
 
 
 def table(mutants: Iterable[Mutant], results: dict[str, dict]) -> str:
