@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given, settings
@@ -19,8 +21,10 @@ from hypothesis import strategies as st
 from lite_mentor import judge
 from lite_mentor.calculators import number_text
 from lite_mentor.errors import UserError
-from lite_mentor.judge import MAX_ANSWER_CHARS, boxed, is_correct
+from lite_mentor.judge import MAX_ANSWER_CHARS, boxed, is_correct, is_right
 from lite_mentor.quantities import MAX_CHARS, Quantity, read, same_quantity
+from lite_mentor.tasks import make_example
+from lite_mentor.types import World
 from lite_mentor.units import CARDINALS, SCALES
 
 HOSTILE = "9^{9^{9^9}}"
@@ -533,6 +537,42 @@ def test_the_worker_starts_lazily_is_reused_and_survives(monkeypatch):
         assert worker.pid not in (None, first)
     finally:
         worker.close()
+
+
+@pytest.mark.parametrize("error", [TimeoutError, EOFError])
+def test_an_answer_that_breaks_a_limit_is_wrong(monkeypatch, error):
+    asked = []
+
+    def request(payload, seconds):
+        asked.append((payload["seconds"], seconds))
+        raise error
+
+    judge._math_verify.cache_clear()
+    monkeypatch.setattr(judge, "_worker", SimpleNamespace(request=request))
+    assert not is_correct("\\sqrt{49}y", ("7y",), "math")
+    assert asked == [(judge.VERIFY_SECONDS, judge.VERIFY_SECONDS)]
+    judge._math_verify.cache_clear()
+
+
+def test_an_episode_is_judged_by_what_its_calls_did(monkeypatch):
+    """A verdict is the judge's; calls that cannot be played again are wrong; a judge that raises is our mistake."""
+    task = replace(make_example("Do it.", ["done"], (), suite="test"), checker="state", world=World({}, "m:f"))
+
+    def verdict(outcome) -> bool:
+        def request(payload, seconds):
+            if isinstance(outcome, type):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(judge, "_player", lambda: SimpleNamespace(request=request))
+        return is_right(task, "done", ())
+
+    assert verdict({"status": "ok", "text": "true"})
+    assert not verdict({"status": "ok", "text": "false"})
+    assert not verdict(TimeoutError)
+    assert not verdict(EOFError)
+    with pytest.raises(RuntimeError, match=r"judging example .* of test failed: Error: KeyError"):
+        verdict({"status": "error", "text": "Error: KeyError"})
 
 
 def test_the_worker_ends_with_the_process():
