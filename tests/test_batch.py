@@ -55,6 +55,13 @@ def test_a_prompt_that_is_itself_the_shared_prefix():
     assert row.row_index_N.tolist() == [1, 2, 1]
 
 
+def test_the_rows_of_a_step_keep_their_budget_and_share_its_counts():
+    rollouts = [rollout([1, 2, 3], [(10 + i, 1), (20 + i, 1), (30 + i, 1)], index=i) for i in range(3)]
+    rows = pack(rollouts, [1.0] * 3, 7)
+    assert [len(row.ids_T) for row in rows] == [3 + 2 + 2, 3 + 2]
+    assert [(row.global_tokens, row.global_sequences) for row in rows] == [(9, 3)] * 2
+
+
 def test_rollouts_without_a_sampled_token_are_left_out_of_the_counts():
     rows = pack([rollout([1], []), rollout([1], [(2, 1)], index=1)], [9.0, 1.0], 50)
     assert rows[0].sequence_N.tolist() == [1]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mentor_kernels import PolicyLossConfig
 
 from lite_mentor import fit
 from lite_mentor.batch import pack
@@ -17,7 +18,7 @@ from lite_mentor.config import PRESETS
 from lite_mentor.errors import UserError
 from lite_mentor.fit import fullest_row, largest_row, prove_fit, row_tokens
 from lite_mentor.load import load_student
-from lite_mentor.loss import StepMetrics, backward, batch_loss, check_backend, logprobs, old_logprobs
+from lite_mentor.loss import StepMetrics, backward, batch_loss, check_backend, logprobs, loss_config, old_logprobs
 from tests.test_batch import rollout
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], device="cpu", lora_rank=4, max_new_tokens=12)
@@ -60,6 +61,15 @@ def gradient(student, rows, config) -> tuple[float, torch.Tensor]:
     for p in student.trainable():
         p.grad = None
     return loss, found
+
+
+def test_the_loss_has_the_runs_own_settings():
+    run = dict(loss="gspo", clip=(0.1, 0.4), kl="k2", beta=0.3, entropy=0.02, tis_cap=1.5, max_new_tokens=77)
+    wanted = PolicyLossConfig(
+        loss="gspo", clip_low=0.1, clip_high=0.4, kl="k2", beta=0.3, entropy_coef=0.02, tis_cap=1.5, max_new_tokens=77
+    )
+    assert loss_config(dataclasses.replace(CONFIG, **run)) == wanted
+    assert loss_config(dataclasses.replace(CONFIG, tis_cap=0.0)).tis_cap is None
 
 
 def test_packed_logprobs_are_those_of_each_rollout_alone(student):
