@@ -89,9 +89,9 @@ def loop() -> None:
         pass
 
 
-def loop_in_child(port: int) -> None:
-    """The child holds a connection for as long as it lives."""
-    code = f"import socket; s = socket.create_connection(('127.0.0.1', {port}))\nwhile True: pass"
+def wait_for_child(port: int) -> None:
+    """The child holds a connection for as long as it lives, and takes no CPU time, so that no limit of that ends it."""
+    code = f"import socket, time; s = socket.create_connection(('127.0.0.1', {port})); time.sleep(100)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -192,10 +192,30 @@ def test_a_latecomer_copies_only_its_last_page():
     e.release(*e.step())
     assert other.ids == [9, 5]
     model.computed.clear()
+    e.pool.keys[:, first.pages[2]] = 3
+    e.pool.values[:, first.pages[2]] = 4
     e.step()
     assert model.computed == [[5, 9]]
     assert late.pages[:2] == first.pages[:2]
     assert late.pages[2] != first.pages[2]
+    assert (e.pool.keys[:, late.pages[2]] == 3).all()
+    assert (e.pool.values[:, late.pages[2]] == 4).all()
+
+
+def test_what_one_of_a_group_reads_is_copied_to_the_others():
+    e = engine(Scripted(dict.fromkeys(range(40), 5)), page=4, context=40)
+    group = [e.submit([0, 1, 2, 3, 4, 5], [0.5] * 8) for _ in range(3)]
+    forward = e.decoder.forward
+
+    def writing(*arguments):
+        if group[0].pages:
+            e.pool.keys[:, group[0].pages[-1]] = 3
+        return forward(*arguments)
+
+    e.decoder.forward = writing
+    e.step()
+    assert len({s.pages[-1] for s in group}) == 3
+    assert all((e.pool.keys[:, s.pages[-1]] == 3).all() for s in group)
 
 
 def test_a_prompt_larger_than_the_pool_is_one_sentence():

@@ -134,6 +134,15 @@ def test_an_empty_box_is_an_answer_that_is_empty():
     assert (r.stop, r.answer) == ("answer", "")
 
 
+def test_a_box_in_a_thought_is_not_the_answer():
+    assert [play([f"<think>\\boxed{{4}}</think>{said}"], [])[0].answer for said in ("five", "\\boxed{5}")] == [
+        None,
+        "5",
+    ]
+    (r,) = play(["\\boxed{5} <think>or \\boxed{4}"], [])
+    assert (r.stop, r.answer) == ("answer", "5")
+
+
 def test_a_box_beside_a_call_is_not_the_answer_yet():
     (r,) = play(["\\boxed{4} " + ADD, "\\boxed{5}"], ["5"])
     assert (r.answer, r.turns) == ("5", 2)
