@@ -57,6 +57,7 @@ def test_a_finite_gradient_is_clipped_and_applied():
     update = apply_gradients(optimizer, lr=0.1, max_norm=1.0)
     assert (update.grad_norm, update.applied) == (30.0, True)
     assert parameter[0].item() == pytest.approx(0.9, abs=1e-6)  # Adam's first step has the size of the rate
+    assert optimizer.state[parameter]["exp_avg"].tolist() == pytest.approx([0.1, 0.0])  # a tenth of a norm of 1
     assert parameter.grad is None
 
 
