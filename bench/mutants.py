@@ -1,8 +1,8 @@
 """Is any protection one that no test would miss? `python -m bench mutants --out DIR [--only AREA-OR-NAME ...]`
 
 bench/mutants.txt lists mutants, changes of a few lines that take one protection away each. Each is made alone, in a
-copy of the working tree, and one of its tests must then fail. What is not committed is tested too. DIR/mutants.json
-holds every result as soon as it is known: the same command goes on where it was stopped, as long as no file differs.
+copy of the working tree as it is, and a test that it names must then fail. DIR/mutants.json holds every result as soon
+as it is known: the same command goes on where it was stopped, as long as no file of the tree differs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Mutant:
     """Whole lines of the file at `path`, which hold this text once."""
     new: str
     tests: tuple[str, ...]
-    """In the order in which they run: first the quick ones that fail, then the files in which others may."""
+    """In the order in which they run, up to the first that fails: ids of pytest, or whole files."""
     equivalent: str
     """Why no test can tell the mutant from the code; "" where one can."""
 
@@ -67,8 +67,8 @@ class Mutant:
 def read_list(text: str) -> list[Mutant]:
     """The entries, which blank lines set apart; lines that begin with # are comments. Raises UserError.
 
-    An entry is `NAME AREA: what is lost`, a path, old lines after -, new ones after +, and its tests, one a line; or
-    instead of a need for them `equivalent: ` and the reason.
+    An entry is `NAME AREA: what is lost`, a path, old lines after -, new ones after +, its tests, one a line, and where
+    none of them can fail `equivalent: ` and why.
     """
     mutants = []
     for block in text.split("\n\n"):
@@ -99,8 +99,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     chosen = choose(read_list(LIST.read_text(encoding="utf-8")), options.only)
     options.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that whoever ends this ends the tests too
-    with tempfile.TemporaryDirectory() as folder, adopting_orphans():
+    with tempfile.TemporaryDirectory() as folder, leaving_nothing_behind():
         copy = Path(folder)
         tree = copy_tree(copy)
         for mutant in chosen:  # before hours are spent
@@ -244,15 +243,17 @@ def children() -> set[int]:
 
 
 @contextlib.contextmanager
-def adopting_orphans() -> Iterator[None]:
-    """In the block, what outlives its parent among our descendants becomes a child of this process. Linux alone."""
+def leaving_nothing_behind() -> Iterator[None]:
+    """In the block SIGTERM is as Ctrl-C, and what outlives its parent among our descendants is ours (on Linux)."""
     pr_set_child_subreaper = 36
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     prctl(pr_set_child_subreaper, 1, 0, 0, 0)
     try:
         yield
     finally:
         prctl(pr_set_child_subreaper, 0, 0, 0, 0)
+        signal.signal(signal.SIGTERM, before)
 
 
 def table(mutants: Iterable[Mutant], results: dict[str, dict]) -> str:

@@ -161,7 +161,7 @@ def test_what_runs_too_long_is_ended_with_all_that_it_started(tmp_path):
         "time.sleep(999)"
     )
     bystander = subprocess.Popen(["sleep", "999"])
-    with mutants.adopting_orphans():
+    with mutants.leaving_nothing_behind():
         status, output = mutants.run([sys.executable, "-c", code], tmp_path, seconds=1)
     assert status is None
     assert not Path(f"/proc/{int(output)}").exists()
