@@ -74,6 +74,39 @@ def test_nothing_that_is_seen_can_be_written_to(way, kind, tmp_path, monkeypatch
     assert text.startswith("Error: OSError: [Errno 30] Read-only file system")
 
 
+CURIOUS = """
+import contextlib, ctypes, os, resource
+
+
+def rights(shared_memory: int) -> str:
+    libc, temporary = ctypes.CDLL(None), os.statvfs("/tmp")
+    found = {
+        "a large /tmp": temporary.f_blocks * temporary.f_frsize > 256 << 20,
+        "any number of processes": resource.getrlimit(resource.RLIMIT_NPROC)[1] > 512,
+        "new privileges": libc.prctl(39, 0, 0, 0, 0) != 1,  # PR_GET_NO_NEW_PRIVS
+        "our shared memory": libc.shmget(shared_memory, 0, 0) != -1,
+        "what lies behind the root": os.listdir("/..") != os.listdir("/"),
+    }
+    with contextlib.suppress(PermissionError, FileNotFoundError):
+        found["the supervisor's memory"] = open("/proc/1/mem", "rb")
+    return ", ".join(right for right, had in found.items() if had)
+"""
+
+
+@linux
+def test_a_tool_has_no_rights_beyond_its_namespaces(way, tmp_path, monkeypatch):
+    (tmp_path / "curious.py").write_text(CURIOUS)
+    monkeypatch.chdir(tmp_path)
+    libc, key = ctypes.CDLL(None), 0x10000000 + os.getpid()
+    segment = libc.shmget(key, 4096, 0o1600)  # IPC_CREAT
+    assert libc.shmget(key, 0, 0) == segment >= 0
+    try:
+        with Sandbox(1, way=way) as workers:
+            assert workers.call("curious:rights", {"shared_memory": key}) == ("ok", "")
+    finally:
+        libc.shmctl(segment, 0, None)  # IPC_RMID
+
+
 @linux
 def test_sockets_pipes_and_locks_of_visible_folders_are_out_of_reach_where_these_are_overlays(way, tmp_path):
     folder = tmp_path / r"a:b,c \d"  # what an overlay's options would take for something else

@@ -110,7 +110,7 @@ def test_open_files_are_limited(call):
 def test_every_limit_is_set(call):
     status, text = call("limits")
     limits = [int(limit) for limit in text.split(", ")]
-    most = [600, 4 << 30, 64 << 20, 128, 4096, 0]  # CPU seconds grow with what the worker has used
+    most = [6, 4 << 30, 64 << 20, 128, 4096, 0]  # of CPU seconds one more than the wall-clock limit of the call
     assert (status, len(limits)) == ("ok", 6)
     assert all(0 <= limit <= bound for limit, bound in zip(limits, most, strict=True))
 
@@ -128,11 +128,11 @@ def test_an_endless_call_times_out():
 def test_what_a_tool_started_ends_with_it():
     with socket.create_server(("127.0.0.1", 0)) as server, Sandbox(1, 2.0, "limits only") as sandbox:
         server.settimeout(30)
-        status, _ = sandbox.call("sample_tools:loop_in_child", {"port": server.getsockname()[1]})
+        status, _ = sandbox.call("sample_tools:wait_for_child", {"port": server.getsockname()[1]})
         assert status == "timeout"
         connection, _ = server.accept()
         with connection:
-            connection.settimeout(30)
+            connection.settimeout(10)
             assert connection.recv(1) == b""
 
 
@@ -201,6 +201,30 @@ FORGED = (
 @pytest.mark.parametrize("frame", [*FORGED, '[1, {"status": "ok", "text": "forged"}]'])
 def test_what_a_tool_writes_to_its_pipes_is_no_answer(call, frame):
     assert call("say", frame=frame) == ("error", ENDED)
+
+
+@needs_fork
+def test_a_call_answers_for_itself_alone(call):
+    assert call("say", frame='{"status": "ok", "text": "mine"}') == ("ok", "mine")
+
+
+def test_an_answer_to_another_request_is_none(tmp_path, monkeypatch):
+    stale = """for line in open(0): print('["0123456789abcdef", {}]', flush=True)"""
+    (tmp_path / "stale_worker.py").write_text(stale)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match=r"-m stale_worker` does not start as a worker"):
+        Worker("stale_worker").request({}, 1.0)
+
+
+def test_a_worker_that_has_ended_meanwhile_is_replaced():
+    worker = Worker("lite_mentor.worker")
+    try:
+        assert worker.request({}, 60.0) == {}
+        worker._process.kill()
+        worker._process.wait()
+        assert worker.request({}, 60.0) == {}
+    finally:
+        worker.close()
 
 
 @pytest.mark.parametrize("answer", [{}, {"status": "ok"}, {"status": "ok", "text": 7}, {"status": "gold", "text": "x"}])
