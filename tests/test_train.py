@@ -131,6 +131,7 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(straight, tmp_path, monke
     monkeypatch.setattr(train, "train_step", interrupted)
     assert run(out, "--steps", "4", "--save-every", "50", "--temperature", "1.5") == 130
     assert seen == [0, 1]  # the step in progress was finished and saved
+    assert (out / "checkpoints" / "step-000002").exists()
     monkeypatch.undo()
     assert train.main(["--resume", str(out)]) == 0  # under the settings of its own config.json
     for name in ("metrics.jsonl", "rollouts.jsonl", "eval.jsonl"):
