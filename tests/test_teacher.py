@@ -552,7 +552,8 @@ def test_two_fills_of_one_folder_take_turns(tmp_path, monkeypatch):
     with append_to(tmp_path, MANIFEST) as cache:
         thread = threading.Thread(target=second)
         thread.start()
-        assert waits.wait(60)
+        while not waits.wait(0.05):
+            assert thread.is_alive()
         cache.append(A)
     thread.join(60)
     assert seen == {"a": A}
