@@ -636,7 +636,7 @@ def test_the_order_of_the_examples_is_the_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(run_room, "load_task", lambda *_, **__: range(60))
     monkeypatch.setattr(run_room, "open_teacher", lambda *_: teacher)
     first, again, other = (
-        run_room.training_examples(replace(PRESETS["tiny"], seed=seed), tmp_path, print)[0] for seed in (1, 1, 2)
+        run_room.training_examples(replace(PRESETS["tiny"], seed=seed), tmp_path, None, print)[0] for seed in (1, 1, 2)
     )
     assert first == again != other
     assert sorted(first) == sorted(other) == list(range(60))
