@@ -25,8 +25,8 @@ import train
 from lite_mentor import checkpoint, paging, report
 from lite_mentor import run as run_room
 from lite_mentor.checkpoint import versions
-from lite_mentor.files import OWN
 from lite_mentor.config import PRESETS, parse
+from lite_mentor.files import OWN
 from lite_mentor.optim import apply_gradients, make_optimizer
 from lite_mentor.rollout import Limits
 from lite_mentor.student import Student
