@@ -6,6 +6,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 from lite_mentor.units import CARDINALS, SCALES, Unit, meanings_of, read_units
 
@@ -83,6 +84,9 @@ _VULGAR = {
     for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189)
 }
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-", strict=True))
+_POWER = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
+MOST_MARKS = 30
+"""More than any language writes on a letter; as many as Unicode's stream-safe text has."""
 _WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|up|normal)?|math(?:rm|bf|it|sf|tt|normal)|boldsymbol|bm|emph|[mhf]box|boxed|underline"
     r"|operatorname|textcolor\s*\{[a-z]*\})\s*\{([^{}]*)\}"
@@ -115,8 +119,8 @@ _QUOTES = re.compile(r"(\*\*|__|`|\"|“|\*)(.*?)(\*\*|__|`|\"|”|\*)", re.DOTA
 
 def tidy(text: str) -> str:
     """LaTeX that means the same in fewer spellings: one minus, one \\frac, ASCII digits, no markup around all."""
-    text = re.sub(f"[{''.join(_SUPERSCRIPTS)}]+", lambda m: f"^{{{''.join(_SUPERSCRIPTS[c] for c in m[0])}}}", text)
-    text = unicodedata.normalize("NFKC", text.translate(_VULGAR))
+    text = _POWER.sub(lambda m: f"^{{{''.join(_SUPERSCRIPTS[c] for c in m[0])}}}", text)
+    text = normalized("NFKC", text.translate(_VULGAR))
     text = re.sub(r"(?![0-9])\d", lambda m: str(unicodedata.decimal(m[0])), text)
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
@@ -126,6 +130,22 @@ def tidy(text: str) -> str:
     text = " ".join(text.split())
     quoted = _QUOTES.fullmatch(text)
     return quoted[2].strip() if quoted and quoted[1].replace("“", "”") == quoted[3] else text
+
+
+def normalized(form: Literal["NFC", "NFKC"], text: str) -> str:
+    """Text in one of Unicode's normal forms, in linear time.
+
+    Python sorts the marks that follow a letter, in squared time, so a run of more than MOST_MARKS is taken in parts.
+    """
+    if text.isascii():
+        return text
+    parts, start, marks = [], 0, 0
+    for at, character in enumerate(text):
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > MOST_MARKS:
+            parts.append(text[start:at])
+            start, marks = at, 1
+    return "".join(unicodedata.normalize(form, part) for part in [*parts, text[start:]])
 
 
 def plain(text: str) -> str:
@@ -142,7 +162,8 @@ _WHOLE = r"(?:[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?:'[0-9]{3})+|(?:_[0-9]{3})+|(?:
 _DIGITS = rf"(?:{_WHOLE}(?:\.[0-9]*)?|\.[0-9]+)"
 _TENS = "|".join(word for word, n in CARDINALS.items() if n >= 20)
 _NUMBER = re.compile(
-    r"(?P<sign>[+-]?)\s*(?P<currency>US\$|[$£€¥₹]|(?:USD|EUR|GBP|JPY|CNY|INR|Rs\.?)(?=[\s0-9]))?\s*(?P<sign2>[+-]?)\s*"
+    r"(?:(?P<sign>[+-])\s*)?(?:(?P<currency>US\$|[$£€¥₹]|(?:USD|EUR|GBP|JPY|CNY|INR|Rs\.?)(?=[\s0-9]))\s*)?"
+    r"(?:(?P<sign2>[+-])\s*)?"
     rf"(?:(?:(?P<whole>[0-9]+)\s+)?(?P<above>{_DIGITS})\s*/\s*(?P<below>[+-]?{_DIGITS})"
     rf"|(?P<digits>{_DIGITS})(?:[eE](?P<exponent>[+-]?[0-9]{{1,3}})(?![0-9])"
     r"|\s*[×·*xX]\s*10\^(?:\{(?P<power>[+-]?[0-9]{1,3})\}|(?P<power2>[+-]?[0-9]{1,3})(?![0-9])))?"
@@ -154,7 +175,7 @@ _LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 1
 _MONEY_LETTERS = _LETTERS | {"m": 10**6, "b": 10**9}
 _PERCENT = re.compile(r"\s*(?:%|(?:percent(?:age)?|per cent|pct)\b)(?:\s*points?\b)?|\s*(‰|permille\b)", re.IGNORECASE)
 _LATEX_FRACTION = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
-_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([^\W\d_]+)(?:(?:,|,? and)\s+(?=[0-9])|\s+(?=[0-9])|\.?$)")
+_PART = re.compile(r"(?<![0-9])([0-9]+(?:\.[0-9]+)?)\s*([^\W\d_]+)(?:(?:,|,? and)\s+(?=[0-9])|\s+(?=[0-9])|\.?$)")
 _NAME = re.compile(r"[^\W\d]\w*(?:_\{\w+\}|\(\w+\))?")
 _MORE_THAN_A_NAME = re.compile(r"[,;|<>≤≥≠!¬±]|\b(?:or|and|not)\b")
 _LETTER = re.compile(r"(?<!\\)[^\W\d_]")

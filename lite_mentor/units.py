@@ -19,6 +19,8 @@ from fractions import Fraction
 
 MAX_WORDS = 12
 """More of them after a number are prose."""
+MAX_READINGS = 32
+"""With more, words that have several meanings each are no unit; a dozen of them could be read in millions of ways."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,8 @@ def read_units(text: str, currency: str = "") -> tuple[Unit, ...]:
     readings = [Unit()]
     for meanings in parts:  # one by one, so that equal ones are not multiplied
         readings = list(dict.fromkeys(map(_product, itertools.product(readings, meanings))))
+        if len(readings) > MAX_READINGS:
+            return ()
     money = [unit for unit in meanings_of(currency) if not any(unit.dimension <= r.dimension for r in readings)]
     return tuple(_product(pair) for pair in itertools.product(money or [Unit()], readings))
 

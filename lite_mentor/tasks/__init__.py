@@ -17,12 +17,12 @@ import hashlib
 import importlib
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lite_mentor.errors import UserError
+from lite_mentor.quantities import normalized
 from lite_mentor.types import Checker, Example, ToolSpec, World
 
 Split = Literal["train", "validation", "test"]
@@ -96,7 +96,7 @@ def load_task(
 
 def same_question(text: str) -> str:
     """Questions with equal results differ in spaces and composed characters alone."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join(normalized("NFC", text).split())
 
 
 def split_of(template: str, numbers: Sequence[Any]) -> Split:
