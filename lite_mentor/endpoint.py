@@ -33,6 +33,8 @@ REFUSALS = (400, 413, 422)
 FAILED, FEW, MANY = 3, 5, 20
 """So many conversations that failed one after the other, that were broken off, or in which no tool was called, are not
 the teacher's doing."""
+MAX_CALLS = 100
+"""In one turn; with more of them, it only repeats itself."""
 
 
 class BrokenOff(Exception):
@@ -159,6 +161,9 @@ class Endpoint:
             if not reply.complete:
                 self._note("conversations that ended at the token limit of a turn (--max-new-tokens)")
                 break
+            if len(wanted) > MAX_CALLS:
+                self._note(f"conversations that ended at a turn with more than {MAX_CALLS} calls")
+                break
             if not wanted:
                 answer = boxed(parse_turn(text).speech)
                 break
@@ -186,7 +191,7 @@ class Endpoint:
         text, left = calls_in(reply.content, example.tools)
         if reply.requests:
             # Beside calls that the server read stand copies of them, or the remains of its reading.
-            read = [(call.name, call.arguments) for _, call in reply.requests]
+            read = [(call.name, call.arguments) for _, call in reply.requests[:MAX_CALLS]]
             own = [call for call in left if call.arguments is not None and (call.name, call.arguments) not in read]
             if own != left:
                 self._note("turns whose text repeated calls or held remains of some, which were left out")

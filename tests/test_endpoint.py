@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lite_mentor import endpoint, teach_options, teacher
-from lite_mentor.endpoint import FEW, MANY, BrokenOff, Endpoint
+from lite_mentor import endpoint, teach_options, teacher, transcript
+from lite_mentor.endpoint import FEW, MANY, MAX_CALLS, BrokenOff, Endpoint
 from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.sft import teacher_rollout
 from lite_mentor.tasks import make_example
@@ -27,6 +27,7 @@ from lite_mentor.template import ASK_FOR_BOX, json_schema
 from lite_mentor.tiny import tiny_tokenizer
 from lite_mentor.tools import calculator_tools, caller, run_call
 from lite_mentor.transcript import record_of
+from tests.pumping import is_slow
 
 ROOT = Path(__file__).parent.parent
 TOOLS = [tool for tool in calculator_tools() if tool.name in ("add", "multiply")]
@@ -356,6 +357,21 @@ def test_a_failure_under_status_200_is_tried_again(ask):
     spoilt = [{"error": {"message": "x", "code": 524}, "choices": None}, {"choices": []}, {"choices": [{"error": "x"}]}]
     status, out, server = ask({"Q": [*((200, body) for body in spoilt), reply("\\boxed{7}")]})
     assert (status, len(open_cache(out)), len(server.asked)) == (0, 1, 4)
+
+
+def test_a_turn_of_very_many_calls_ends_the_conversation(ask, capsys):
+    many = reply("", *[("add", '{"a": 3, "b": 4}')] * (MAX_CALLS + 1))
+    status, out, server = ask({"Q": [many], "P": [CALLS, SEVEN]})
+    assert (status, len(server.asked)) == (0, 3)
+    assert f"conversations that ended at a turn with more than {MAX_CALLS} calls: 1" in capsys.readouterr().err
+    assert (len(open_cache(out)), open_cache(out).rejected) == (1, 1)
+
+
+def test_very_many_calls_are_not_compared_each_with_each():
+    left = "".join(f'<tool_call>{{"name": "add", "arguments": {{"a": {i}}}}}</tool_call>' for i in range(10_000))
+    read = [("", transcript.request("add", {"a": -i})) for i in range(1, 10_000)]
+    asks = endpoint.Reply(left, read, {}, True)
+    assert not is_slow(lambda: Endpoint._calls_of(SimpleNamespace(_note=print), asks, EXAMPLE), seconds=2.0)
 
 
 # --- whose fault it is -----------------------------------------------------------------------------------------

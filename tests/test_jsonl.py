@@ -10,6 +10,7 @@ from sample_tools import no_module
 
 from lite_mentor.errors import UserError
 from lite_mentor.sandbox import Sandbox
+from lite_mentor.tasks import jsonl
 from lite_mentor.tasks.jsonl import read_tasks
 
 GOOD = {"question": "What is 37 times 12?", "answer": "444", "tools": ["multiply"]}
@@ -141,6 +142,8 @@ BAD_ROWS = [
     ({**GOOD, "answer": float("nan")}, "`answer` is missing or empty"),
     ({**GOOD, "answer": []}, "`answer` is missing or empty"),
     ({**GOOD, "answer": ["1", " "]}, "`answer` is missing or empty"),
+    ({**GOOD, "answer": list(range(101))}, "`answer` lists 101 answers, and at most 100 are compared"),
+    ({**GOOD, "tools": ["a." * 100 + "b:f"]}, "a name in `tools` is longer than 200 characters"),
     ({**GOOD, "tools": []}, "`tools` must be a list of tool names, and not empty"),
     ({**GOOD, "tools": "add"}, "`tools` must be a list of tool names, and not empty"),
     (
@@ -194,6 +197,23 @@ def test_rows_that_contradict_each_other_are_all_set_aside(read, quarantined):
         (line, f"line {other} asks the same with the same tools and accepts another answer")
         for line, other in ((6, 101), (8, 102), (101, 6), (102, 8))
     ]
+
+
+def test_rows_with_many_answers_agree_by_the_first_of_either_or_by_a_common_one(read, quarantined):
+    rest = [str(n) for n in range(1000, 1098)]
+    rows = [{**GOOD, "question": f"Q{n % 3}?", "answer": answer} for n, answer in enumerate(
+        [["5", *rest], ["0.5", *rest], ["7"], ["5.0"], ["50%", "a"], ["8", "7"]]
+    )]  # fmt: skip
+    assert len(read([*good(300), *rows])) == 303
+    assert {row["reason"] for row in quarantined()} == {"the same question, answer and tools occurred before"}
+
+
+def test_the_answers_of_two_rows_are_not_compared_each_with_each(read, monkeypatch):
+    rows = [{**GOOD, "question": "Q?", "answer": [str(s * n) for n in range(1, 101)]} for s in (1, -1)]
+    compared = []
+    monkeypatch.setattr(jsonl, "is_correct", lambda answer, gold, checker: compared.extend(gold) or answer in gold)
+    assert len(read([*good(50), *rows])) == 50
+    assert len(compared) == 50 + 200 + 200  # each answer with itself, and the first of either row with the other's
 
 
 def test_the_same_question_with_other_tools_or_in_another_order_is_another_example(read):

@@ -5,7 +5,7 @@ Ours:
     {"question": "What is 37 times 12?", "answer": "444", "tools": ["multiply", "my_tools:convert"]}
 
     question  text
-    answer    text, a number, or a list of them: any one counts as right
+    answer    text, a number, or a list of up to 100 of them, the most natural first: any one counts as right
     tools     names of built-in calculators, `python` (runs code that the student writes), or `module:function` of
               functions of yours with type hints and docstring
     checker   optional, "math" or "text" (see types.Example); "math" when any answer is a number or a formula, for it
@@ -37,6 +37,10 @@ from lite_mentor.tools import calculator_tools, tool_spec
 from lite_mentor.types import Example, ToolSpec
 
 MAX_BAD_SHARE = 0.05
+MAX_ANSWERS = 100
+"""A student's answer is compared with each of them."""
+MAX_TOOL_CHARS = 200
+"""Python imports a name with a dot more for each of its parts, and keeps a copy of the name for each."""
 _KEYS = {"question", "answer", "tools", "checker", "suite"}
 
 _log = logging.getLogger(__name__)
@@ -107,7 +111,10 @@ def _repeated(examples: Mapping[int, Example]) -> dict[int, _BadRow]:
 
 
 def _agree(one: Example, other: Example) -> bool:
-    return one.answer == other.answer or any(is_correct(answer, one.answer, one.checker) for answer in other.answer)
+    """Do they share an answer, or is what one of them gives first right for the other?"""
+    if not set(one.answer).isdisjoint(other.answer):
+        return True
+    return is_correct(other.answer[0], one.answer, one.checker) or is_correct(one.answer[0], other.answer, one.checker)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, bytes | Mapping[str, Any]]]:
@@ -204,6 +211,8 @@ def _answers(value: Any, name: str) -> list[str]:
         if isinstance(item, bool) or not isinstance(item, (str, int, float)) or item in (math.inf, -math.inf):
             raise _BadRow(f"{name} must be text, a number, or a list of them")
         answers.append(str(item).strip())
+    if len(answers) > MAX_ANSWERS:
+        raise _BadRow(f"{name} lists {len(answers)} answers, and at most {MAX_ANSWERS} are compared")
     if not answers or not all(answers) or "nan" in answers:
         raise _BadRow(f"{name} is missing or empty")
     return answers
@@ -212,6 +221,8 @@ def _answers(value: Any, name: str) -> list[str]:
 def _tools(names: Any, describe: Describe) -> list[ToolSpec]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise _BadRow("`tools` must be a list of tool names, and not empty")
+    if any(len(name) > MAX_TOOL_CHARS for name in names):
+        raise _BadRow(f"a name in `tools` is longer than {MAX_TOOL_CHARS} characters")
     tools = [_tool(name, describe) for name in names]
     if len({tool.name for tool in tools}) < len(tools):
         raise _BadRow("two of the `tools` have the same name")

@@ -1,0 +1,149 @@
+"""Texts on which a regular expression may take more than linear time, made from the expression itself.
+
+A backtracking matcher is slow where a repeat can share out the same characters in several ways: with its neighbours,
+with a repeat around it, or with the next place from which a search begins. So texts are drawn that match a part of the
+expression, and one is repeated many times, after a text that leads there and before one that spoils the match.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from random import Random
+
+try:
+    from re import _compiler as compiler
+    from re import _parser as parser
+except ImportError:  # Python 3.10
+    import sre_compile as compiler
+    import sre_parse as parser
+
+LENGTH = 16_000
+SECONDS = 0.03
+"""Of CPU time. At this length linear work takes a few milliseconds, and squared work at least twice as long as this."""
+CHARACTERS = "aAmMz019 \n.,:;-+'\"!?()[]{}<>/\\^_$%*=°éπ一\x00"
+"""At least one of each class that an expression is likely to name."""
+SPOILERS = ("", "\x00", "!", " ", "a", "1")
+
+Node = tuple
+"""A part of a parsed expression: what it is, and what is said about it."""
+
+
+def slow_text(pattern: re.Pattern[str], *, searched: bool, length: int = LENGTH, draws: int = 40) -> str | None:
+    """In a few words, a text of `length` characters on which the pattern is slow; None where none was found.
+
+    `searched`: may a match begin anywhere, or only where it is asked for?
+    """
+
+    def work() -> None:
+        pattern.match(text)
+        pattern.fullmatch(text)
+        for _ in pattern.finditer(text) if searched else ():
+            pass
+
+    for lead, pump, end in attacks(pattern, draws):
+        text = lead + pump * (length // len(pump)) + end
+        if all(is_slow(work) for _ in range(3)):
+            return f"{lead!r} + {pump!r} * {length // len(pump)} + {end!r}"
+    return None
+
+
+def is_slow(work: Callable[[], object], seconds: float = SECONDS) -> bool:
+    """Does it take more CPU time than this? It is broken off then, also within a match."""
+    try:
+        with _limit(seconds):
+            work()
+    except _Slow:
+        return True
+    return False
+
+
+class _Slow(BaseException):
+    """Not an Exception, so that nothing that is tried can catch it."""
+
+
+@contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    def ring(number: int, frame: object) -> None:
+        raise _Slow
+
+    before = signal.signal(signal.SIGVTALRM, ring)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def attacks(pattern: re.Pattern[str], draws: int) -> list[tuple[str, str, str]]:
+    """At most `draws` of (what leads there, what is to be repeated, what spoils the match), the same in every run."""
+    drawn = _Drawn(pattern)
+    parts = [part for part in _sequences(list(drawn.parsed)) if _repeats(part)] or [list(drawn.parsed)]
+    found = []
+    for _ in range(draws):
+        part = drawn.rng.choice(parts)
+        start = drawn.rng.randrange(len(part))
+        stop = drawn.rng.randint(start + 1, len(part))
+        pump = drawn.text(part[start:stop])
+        lead = drawn.rng.choice(["", drawn.text(part[:start]), drawn.text(drawn.parsed)])
+        end = drawn.rng.choice([*SPOILERS, drawn.text(part[stop:])])
+        if pump:
+            found.append((lead, pump, end))
+    return list(dict.fromkeys(found))
+
+
+class _Drawn:
+    """Random texts of parts of one pattern."""
+
+    def __init__(self, pattern: re.Pattern[str]):
+        self.rng = Random(pattern.pattern)
+        self.parsed = parser.parse(pattern.pattern, pattern.flags)
+
+    def text(self, nodes) -> str:
+        """A text that these match, but for what they ask of its surroundings."""
+        return "".join(map(self._text_of, nodes))
+
+    def _text_of(self, node: Node) -> str:
+        kind, about = node
+        if str(kind) in ("LITERAL", "NOT_LITERAL", "IN", "ANY"):
+            return self._character(node)
+        if str(kind) == "ASSERT_NOT" or not _inside(node):
+            return ""
+        times = 1
+        if "REPEAT" in str(kind):
+            times = min(max(about[0], self.rng.randrange(4)), int(about[1]))
+        return "".join(self.text(self.rng.choice(_inside(node))) for _ in range(times))
+
+    def _character(self, node: Node) -> str:
+        kind, about = node
+        if str(kind) == "LITERAL":
+            return chr(about)
+        one = compiler.compile(parser.SubPattern(self.parsed.state, [node]))
+        named = [chr(c if isinstance(c, int) else c[0]) for what, c in about if c] if str(kind) == "IN" else []
+        return self.rng.choice([c for c in [*CHARACTERS, *named] if one.match(c)])
+
+
+def _sequences(nodes: list[Node]) -> Iterator[list[Node]]:
+    """The expression, and all that stands inside it."""
+    yield nodes
+    for node in nodes:
+        for inner in _inside(node):
+            yield from _sequences(list(inner))
+
+
+def _repeats(nodes) -> bool:
+    """Is something in it repeated, or repeated within what it holds, without end?"""
+    endless = any("REPEAT" in str(kind) and about[1] == parser.MAXREPEAT for kind, about in nodes)
+    return endless or any(_repeats(inner) for node in nodes for inner in _inside(node))
+
+
+def _inside(node: Node) -> list:
+    """What stands inside a node: the alternatives of a branch, else one sequence or none."""
+    kind, about = node
+    if str(kind) == "BRANCH":
+        return about[1]
+    parts = about if isinstance(about, (tuple, list)) else [about]
+    return [part for part in parts if isinstance(part, parser.SubPattern)]
