@@ -7,8 +7,10 @@ expression, and one is repeated many times, after a text that leads there and be
 
 from __future__ import annotations
 
+import math
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from random import Random
@@ -22,7 +24,7 @@ except ImportError:  # Python 3.10
 
 LENGTH = 16_000
 SECONDS = 0.03
-"""Of CPU time. At this length linear work takes a few milliseconds, and squared work at least twice as long as this."""
+"""Of CPU time. At this length most linear work takes a few milliseconds, and all squared work longer than this."""
 CHARACTERS = "aAmMz019 \n.,:;-+'\"!?()[]{}<>/\\^_$%*=°éπ一\x00"
 """At least one of each class that an expression is likely to name."""
 SPOILERS = ("", "\x00", "!", " ", "a", "1")
@@ -37,15 +39,15 @@ def slow_text(pattern: re.Pattern[str], *, searched: bool, length: int = LENGTH,
     `searched`: may a match begin anywhere, or only where it is asked for?
     """
 
-    def work() -> None:
+    def work(text: str) -> None:
         pattern.match(text)
         pattern.fullmatch(text)
         for _ in pattern.finditer(text) if searched else ():
             pass
 
     for lead, pump, end in attacks(pattern, draws):
-        text = lead + pump * (length // len(pump)) + end
-        if all(is_slow(work) for _ in range(3)):
+        long, short = (lead + pump * (n // len(pump)) + end for n in (length, length // 8))
+        if is_slow(lambda text=long: work(text)) and _grows(work, short, long):
             return f"{lead!r} + {pump!r} * {length // len(pump)} + {end!r}"
     return None
 
@@ -58,6 +60,16 @@ def is_slow(work: Callable[[], object], seconds: float = SECONDS) -> bool:
     except _Slow:
         return True
     return False
+
+
+def _grows(work: Callable[[str], None], short: str, long: str) -> bool:
+    """Does the long one, of eight times the length, take more than 20 times as long? Of each the fastest of three."""
+    fastest = math.inf
+    for _ in range(3):
+        start = time.process_time()
+        if not is_slow(lambda: work(short)):
+            fastest = min(fastest, time.process_time() - start)
+    return fastest == math.inf or all(is_slow(lambda: work(long), SECONDS + 20 * fastest) for _ in range(3))
 
 
 class _Slow(BaseException):
