@@ -33,7 +33,7 @@ Node = tuple
 """A part of a parsed expression: what it is, and what is said about it."""
 
 
-def slow_text(pattern: re.Pattern[str], *, searched: bool, length: int = LENGTH, draws: int = 40) -> str | None:
+def slow_text(pattern: re.Pattern[str], *, searched: bool, length: int = LENGTH, rounds: int = 8) -> str | None:
     """In a few words, a text of `length` characters on which the pattern is slow; None where none was found.
 
     `searched`: may a match begin anywhere, or only where it is asked for?
@@ -45,7 +45,7 @@ def slow_text(pattern: re.Pattern[str], *, searched: bool, length: int = LENGTH,
         for _ in pattern.finditer(text) if searched else ():
             pass
 
-    for lead, pump, end in attacks(pattern, draws):
+    for lead, pump, end in attacks(pattern, rounds):
         long, short = (lead + pump * (n // len(pump)) + end for n in (length, length // 8))
         if is_slow(lambda text=long: work(text)) and _grows(work, short, long):
             return f"{lead!r} + {pump!r} * {length // len(pump)} + {end!r}"
@@ -90,20 +90,23 @@ def _limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def attacks(pattern: re.Pattern[str], draws: int) -> list[tuple[str, str, str]]:
-    """At most `draws` of (what leads there, what is to be repeated, what spoils the match), the same in every run."""
-    drawn = _Drawn(pattern)
-    parts = [part for part in _sequences(list(drawn.parsed)) if _repeats(part)] or [list(drawn.parsed)]
-    found = []
-    for _ in range(draws):
-        part = drawn.rng.choice(parts)
-        start = drawn.rng.randrange(len(part))
-        stop = drawn.rng.randint(start + 1, len(part))
-        pump = drawn.text(part[start:stop])
-        lead = drawn.rng.choice(["", drawn.text(part[:start]), drawn.text(drawn.parsed)])
-        end = drawn.rng.choice([*SPOILERS, drawn.text(part[stop:])])
-        if pump:
-            found.append((lead, pump, end))
+def attacks(pattern: re.Pattern[str], rounds: int) -> list[tuple[str, str, str]]:
+    """For each repeat so many of (what leads there, what is to be repeated, what spoils it), the same in every run.
+
+    In every second round it is the repeat itself, from where a match has come to it, and else what stands around it.
+    """
+    drawn, rng, found = _Drawn(pattern), Random(pattern.pattern), []
+    for before, part in _sequences([], list(drawn.parsed)):
+        for at in (i for i in range(len(part)) if _repeats(part[i : i + 1])):
+            for number in range(rounds):
+                start, stop = at, at + 1
+                lead = drawn.text([*before, *part[:at]])
+                if number % 2:
+                    start, stop = rng.choice([0, rng.randint(0, at)]), rng.randint(at + 1, len(part))
+                    lead = rng.choice(["", drawn.text(drawn.parsed)])
+                pump, end = drawn.text(part[start:stop]), rng.choice([*SPOILERS, drawn.text(part[stop:])])
+                if pump:
+                    found.append((lead, pump, end))
     return list(dict.fromkeys(found))
 
 
@@ -138,12 +141,12 @@ class _Drawn:
         return self.rng.choice([c for c in [*CHARACTERS, *named] if one.match(c)])
 
 
-def _sequences(nodes: list[Node]) -> Iterator[list[Node]]:
-    """The expression, and all that stands inside it."""
-    yield nodes
-    for node in nodes:
+def _sequences(before: list[Node], nodes: list[Node]) -> Iterator[tuple[list[Node], list[Node]]]:
+    """The expression, and all that stands inside it; of each also what stands before it."""
+    yield before, nodes
+    for at, node in enumerate(nodes):
         for inner in _inside(node):
-            yield from _sequences(list(inner))
+            yield from _sequences([*before, *nodes[:at]], list(inner))
 
 
 def _repeats(nodes) -> bool:

@@ -115,7 +115,6 @@ def test_every_pattern_takes_linear_time():
         (r"\s+$", True),  # squared
         (r"[a-z]+@", True),
         (r"\(.*\)", True),
-        (r"x*?x*?y", False),
     ],
 )
 def test_slow_patterns_are_found(pattern, searched):
@@ -130,10 +129,13 @@ def test_linear_patterns_pass(pattern, searched):
 # --- what reads with them --------------------------------------------------------------------------------------
 
 AMBIGUOUS = "".join(f" {word}^{power}" for word in ("deg", "pound", "penny") for power in (1, 2, 4, 8))
-PIECES = (AMBIGUOUS, "⑳", "ﷺ", "½", "\u0316\u0301", "5 of ", "{(", "1 million ", "\\text{ }", "5 h ")
-HOSTILE = [("", piece, "") for piece in PIECES]
+PIECES = (
+    AMBIGUOUS, "⑳", "ﷺ", "½", "\u0316\u0301", "5 of ", "{(", "1 million ", "\\text{ }", "\\text{", "5 h ", " ", "~",
+    "\\;", "\t", "$", "1,", "1 ", "-", "+ ", "(the ", "1 km ", "a-", "1/", "=", "min ",
+)  # fmt: skip
+HOSTILE = [(lead, piece, end) for piece in PIECES for lead, end in (("", ""), ("+", "5"), ("5", "!"))]
 for room in (judge, quantities, units):
-    HOSTILE += [found for pattern in patterns_in(list(vars(room).values())) for found in attacks(pattern, 6)]
+    HOSTILE += [found for pattern in patterns_in(list(vars(room).values())) for found in attacks(pattern, 2)]
 
 
 def test_no_answer_and_no_accepted_one_takes_long(monkeypatch):
