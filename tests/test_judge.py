@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from lite_mentor import judge
 from lite_mentor.calculators import number_text
 from lite_mentor.errors import UserError
-from lite_mentor.judge import MAX_ANSWER_CHARS, boxed, is_correct, is_right
-from lite_mentor.quantities import MAX_CHARS, Quantity, read, same_quantity
+from lite_mentor.judge import boxed, is_correct, is_right
+from lite_mentor.quantities import Quantity, read, same_quantity
 from lite_mentor.tasks import make_example
 from lite_mentor.types import World
 from lite_mentor.units import CARDINALS, SCALES
