@@ -129,7 +129,8 @@ def _within(path: str, other: str) -> bool:
 
 def _too_much(folder: str) -> bool:
     inside = os.path.realpath(folder)
-    return any(os.path.commonpath([inside, secret]) == inside for secret in (os.path.realpath(Path.home()), "/tmp"))
+    home = os.path.realpath(os.path.expanduser("~"))  # somebody without a home has a `~` in the current folder
+    return any(os.path.commonpath([inside, secret]) == inside for secret in (home, "/tmp"))
 
 
 def _modules(folder: str) -> list[str]:

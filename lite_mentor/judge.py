@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from lite_mentor.errors import UserError
 from lite_mentor.quantities import MAX_CHARS, Quantity, close, plain, read, same_quantity, stands_in, tidy
-from lite_mentor.sandbox import Worker, find_way
+from lite_mentor.sandbox import Worker, find_way, loaded
 from lite_mentor.tools import played
 from lite_mentor.types import Example, ToolCall
 from lite_mentor.units import Unit, read_units
@@ -28,7 +28,7 @@ from lite_mentor.worker import Request, serve
 MAX_ANSWER_CHARS = 200
 VERIFY_SECONDS = 5.0
 PLAY_SECONDS = 15.0
-"""For all calls of an episode, played again, and the first time for importing what they need."""
+"""For all calls of an episode, played again."""
 MEMORY_BYTES = 2 << 30
 
 _log = logging.getLogger(__name__)
@@ -54,15 +54,17 @@ def is_right(example: Example, answer: str | None, calls: Sequence[ToolCall]) ->
 
     By its answer (see `is_correct`), or where the checker is `state` by what its calls did, played again in a worker
     process. Calls that worked once but break the worker's limits when they are played again are wrong; a judge that
-    raises is a mistake of ours and raises RuntimeError.
+    raises, or cannot be loaded, is a mistake of ours and raises RuntimeError.
     """
     if example.checker != "state":
         return is_correct(answer, example.answer, example.checker, example.question)
     played_again = {"world": example.world.start, "calls": played(calls)}
     request = {"path": example.world.judge, "arguments": played_again, "seconds": PLAY_SECONDS}
     try:
-        verdict = _player().request(request, PLAY_SECONDS)
-    except (TimeoutError, EOFError):
+        problem = loaded(_player(), example.world.judge).get("problem")
+        verdict = {"status": "error", "text": problem} if problem else _player().request(request, PLAY_SECONDS)
+    except (TimeoutError, EOFError) as error:
+        _log.warning("an episode of example %s is counted as wrong: its judge was stopped (%s)", example.key, error)
         return False
     if verdict["status"] != "ok":
         raise RuntimeError(f"judging example {example.key} of {example.suite} failed: {verdict['text']}")

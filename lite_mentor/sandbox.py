@@ -26,7 +26,6 @@ import contextlib
 import functools
 import json
 import os
-import queue
 import secrets
 import signal
 import socket
@@ -43,6 +42,9 @@ from lite_mentor.isolation import Way
 from lite_mentor.tools import read_spec
 from lite_mentor.types import ToolSpec
 from lite_mentor.worker import ENDED, MAX_REPLY_BYTES, MEMORY_BYTES, START_SECONDS, Request, resource
+
+MAX_WORKERS = 16
+"""So many run at the same time; to start one more, that which was not used for the longest time is ended."""
 
 Status = Literal["ok", "error", "timeout"]
 
@@ -168,7 +170,7 @@ def _environment() -> dict[str, str]:
 
 
 class Sandbox:
-    """A pool of workers for tools that are named by an import path. Thread-safe.
+    """Runs tools that are named by an import path, `workers` of them side by side. Thread-safe.
 
     `way` is how workers are started; None: the strongest that works here.
     """
@@ -178,11 +180,12 @@ class Sandbox:
         self.way, reason = (way, "--sandbox off") if way else find_way()
         self.note = _note(self.way, reason)
         """One line that says what is and what is not enforced."""
-        self._workers = [Worker("lite_mentor.worker", self.way) for _ in range(workers)]
-        # Last in, first out: a worker is started only when all that run are busy.
-        self._free: queue.LifoQueue[Worker] = queue.LifoQueue()
-        for worker in self._workers:
-            self._free.put(worker)
+        self._at_once = threading.BoundedSemaphore(workers)
+        self._lock = threading.Lock()
+        self._workers: dict[Worker, str] = {}
+        """Each with the module whose tools it runs, the last used at the end."""
+        self._busy: set[Worker] = set()
+        self._closed = False
 
     def __enter__(self) -> Sandbox:
         return self
@@ -191,8 +194,10 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        for worker in self._workers:
-            worker.close()
+        self._closed = True
+        with self._lock:
+            for worker in self._workers:
+                worker.close()
 
     def call(self, path: str, arguments: Mapping[str, Any]) -> tuple[Status, str]:
         """Run the tool at `module:function` -> (status, what the student is told).
@@ -201,8 +206,8 @@ class Sandbox:
         timed; a tool that cannot be imported raises UserError, for no student can put that right.
         """
         request = {"path": path, "arguments": dict(arguments), "seconds": self.timeout_s}
-        with self._worker() as worker:
-            if problem := _loaded(worker, path).get("problem"):
+        with self._worker_of(path) as worker:
+            if problem := loaded(worker, path).get("problem"):
                 raise UserError(f"The tool {path} cannot be loaded in the sandbox ({problem}); put its module right.")
             try:
                 answer = worker.request(request, self.timeout_s)
@@ -215,8 +220,8 @@ class Sandbox:
 
     def describe(self, path: str) -> ToolSpec:
         """The tool at `module:function`, described where it runs: its module is not imported here. Raises UserError."""
-        with self._worker() as worker:
-            answer = _loaded(worker, path, describe=True)
+        with self._worker_of(path) as worker:
+            answer = loaded(worker, path, describe=True)
         if "problem" in answer:
             problem = f"The tool {path} cannot be imported ({answer['problem']}); is its folder on PYTHONPATH?"
             raise UserError(problem)
@@ -225,24 +230,46 @@ class Sandbox:
         return read_spec(answer, path)
 
     @contextlib.contextmanager
-    def _worker(self) -> Iterator[Worker]:
-        worker = self._free.get()
-        try:
-            yield worker
-        finally:
-            self._free.put(worker)
+    def _worker_of(self, path: str) -> Iterator[Worker]:
+        """A worker that runs the tools of this module alone, so that no tool meets those of another."""
+        with self._at_once:
+            worker = self._take(path.partition(":")[0])
+            try:
+                yield worker
+            finally:
+                with self._lock:
+                    self._busy.remove(worker)
+
+    def _take(self, module: str) -> Worker:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the sandbox is closed")
+            free = [worker for worker in self._workers if worker not in self._busy]
+            worker = next((w for w in reversed(free) if self._workers[w] == module), None)
+            if worker is None and len(self._workers) >= MAX_WORKERS and free:
+                free[0].close()
+                del self._workers[free[0]]
+            worker = worker or Worker("lite_mentor.worker", self.way)
+            self._workers.pop(worker, None)
+            self._workers[worker] = module
+            self._busy.add(worker)
+            return worker
 
 
-def _loaded(worker: Worker, path: str, **more: bool) -> dict[str, Any]:
-    """The answer to a request that loads the tool. Asked twice, for the first may meet a worker that is just ending."""
+def loaded(worker: Worker, path: str, **more: bool) -> dict[str, Any]:
+    """The answer to a request that loads the tool, with its "problem" if it cannot be loaded.
+
+    It is asked twice, for the first may meet a worker that is just ending, or that an earlier call has spoilt.
+    """
+    problem = ""
     for _ in range(2):
         try:
             return worker.request({"path": path, **more}, START_SECONDS)
         except TimeoutError:
-            return {"problem": f"importing it took longer than {START_SECONDS:g} s"}
+            problem = f"importing it took longer than {START_SECONDS:g} s"
         except EOFError:
-            continue
-    return {"problem": "importing it ended the process or broke a limit"}
+            problem = "importing it ended the process or broke a limit"
+    return {"problem": problem}
 
 
 def open_sandbox(setting: Literal["on", "off"]) -> Sandbox:

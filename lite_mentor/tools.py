@@ -23,6 +23,10 @@ from lite_mentor.types import CallStatus, Example, ToolCall, ToolSpec, World
 
 MAX_CALL_CHARS = 16_000
 MAX_CALL_DEPTH = 16
+MAX_SPEC_BYTES = 16_000
+"""Of what a tool outside says of itself: all of it stands in every prompt."""
+MAX_CHOICES = 100
+"""In a type of its arguments: each is tried for each value."""
 
 RunPath = Callable[[str, Mapping[str, Any]], "tuple[CallStatus, str]"]
 """Runs the tool at `module:function` with these arguments somewhere safe -> (status, result text)."""
@@ -92,30 +96,34 @@ def read_spec(row: Mapping[str, Any], path: str) -> ToolSpec:
 
     A tool's module could say anything: a schema with a pattern that never ends, or one that refers to the network.
     """
-    import jsonschema
-
     name, description, parameters = row.get("name"), row.get("description"), row.get("parameters")
     try:
-        jsonschema.Draft202012Validator.check_schema(parameters)
-        sound = isinstance(parameters, dict) and parameters.get("type") == "object" and _is_plain(parameters)
-    except (jsonschema.SchemaError, RecursionError):
+        size = len(json.dumps([name, description, parameters], ensure_ascii=False, allow_nan=False).encode())
+        sound = size <= MAX_SPEC_BYTES and _is_plain(parameters) and parameters.get("type") == "object"
+    except (ValueError, TypeError, RecursionError):  # half a character, no number, or nested without end
         sound = False
-    if not (sound and isinstance(name, str) and name.isprintable() and isinstance(description, str)):
+    if not (sound and isinstance(name, str) and name.isprintable() and name and isinstance(description, str)):
         raise UserError(f"Tool {path}: its module says of it what no function is; describe it by hints and docstring.")
     return ToolSpec(name, description, parameters, path=path)
 
 
-_PLAIN = {"type", "description", "default", "enum", "required", "properties", "items", "additionalProperties", "anyOf"}
-"""The keywords that `tool_spec` writes."""
+_PLAIN: Mapping[str, Callable[[Any], bool]] = {
+    "type": lambda value: isinstance(value, str) and value in _SIMPLE.values(),
+    "description": lambda value: isinstance(value, str),
+    "default": lambda value: True,
+    "enum": lambda value: isinstance(value, list) and 0 < len(value) <= MAX_CHOICES,
+    "required": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "properties": lambda value: isinstance(value, dict) and all(map(_is_plain, value.values())),
+    "items": lambda value: _is_plain(value),
+    "additionalProperties": lambda value: value is False or _is_plain(value),
+    "anyOf": lambda value: isinstance(value, list) and 0 < len(value) <= MAX_CHOICES and all(map(_is_plain, value)),
+}
+"""The keywords that `tool_spec` writes, and what they may say."""
 
 
 def _is_plain(schema: Any) -> bool:
-    """Has a sound JSON schema no keyword but these?"""
-    if isinstance(schema, bool):
-        return True
-    inner = [*schema.get("properties", {}).values(), *schema.get("anyOf", ())]
-    inner += [schema[keyword] for keyword in ("items", "additionalProperties") if keyword in schema]
-    return schema.keys() <= _PLAIN and all(map(_is_plain, inner))
+    """Is it a JSON schema of these keywords? What takes them in is fast, and fetches nothing."""
+    return isinstance(schema, dict) and all(name in _PLAIN and _PLAIN[name](value) for name, value in schema.items())
 
 
 @functools.cache

@@ -1,14 +1,15 @@
 """What runs in a worker process: it answers requests, one JSON line each, under limits that it sets for itself.
 
-As a program it runs tools by their import path, in three kinds of processes, each forked from the one before it:
+As a program it runs the tools of one module by their import path, in three processes, each forked from the one before:
 
-    supervisor      holds the pipes to the trainer, and runs no code but ours; ends everything once the trainer is gone
-    a module each   imports the tools' module, once, and forks for every call
-    a call each     runs the function, tells the result, and is killed, with its threads
+    supervisor   holds the pipes to the trainer, and runs no code but ours; ends everything once the trainer is gone
+    module       imports the tools' module, once, and forks for every call
+    call         runs the function, tells the result, and is killed, with its threads
 
-So no call can read or write what is between the trainer and another call: a tool cannot answer for another one, nothing
-that a call changes in memory is there in the next one, and what it leaves running ends the worker, whose successor is
-fresh. Where there is no fork (Windows) all happens in one process. `serve` is for others that need such a process.
+So no call can read or write what is between the trainer and another call: nothing that a call changes in memory is
+there in the next one, and what it leaves running ends the worker, whose successor is fresh. Threads do not survive a
+fork, so a module that has some runs its calls itself; and if it has started processes, those of its calls live on.
+Where there is no fork (Windows) all happens in one process. `serve` is for others that need such a process.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 try:
@@ -114,20 +117,21 @@ def _set_limit(which: int, size: int, *, hard: bool) -> None:
 
 
 def supervise(memory_bytes: int) -> None:
-    """Answer requests for tools (see `answer_for_tool`), each by its module's process, until the trainer is gone."""
+    """Answer requests for the tools of a module (see `answer_for_tool`) until the trainer is gone."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     _silence()
     _limit(memory_bytes)
+    with contextlib.suppress(OSError):  # what the system ends first when memory is short must not be the trainer
+        Path("/proc/self/oom_score_adj").write_text("1000")
     _hide()
-    modules: dict[str, _Module] = {}
+    module: _Module | None = None
     for line in requests:
         name, request = json.loads(line)
         reply: dict[str, Any] = {}
         if request:
-            module = request["path"].partition(":")[0]
-            if module not in modules or modules[module].has_ended():
-                modules[module] = _Module((requests, replies, *(other.pipe for other in modules.values())))
-            reply = modules[module].ask(request, requests.fileno())
+            if module is None or module.has_ended():
+                module = _Module(requests, replies)
+            reply = module.ask(request)
         left_behind = reply.pop("left", False)
         _write_line(replies, [name, reply])
         if left_behind:
@@ -143,14 +147,16 @@ def _end_all() -> NoReturn:
 
 
 class _Module:
-    """A process that serves the tools of one module, as its parent sees it."""
+    """The process of a module, as its parent sees it."""
 
-    def __init__(self, private: tuple[Any, ...]) -> None:
-        """`private`: the files that the new process must not have."""
-        self.pipe, its = socket.socketpair()
+    def __init__(self, *trainer: BinaryIO) -> None:
+        """`trainer`: the pipes from and to it, which the new process must not have."""
+        self._trainer = trainer[0].fileno()
+        self._pipe, its = socket.socketpair()
+        self._pipe.settimeout(START_SECONDS)
         self._pid = os.fork()
         if not self._pid:
-            for file in (*private, self.pipe):
+            for file in (*trainer, self._pipe):
                 os.close(file.fileno())
             _serve_module(its)
         its.close()
@@ -159,14 +165,16 @@ class _Module:
         """Whatever ended it: the system may be short of memory."""
         return os.waitpid(self._pid, os.WNOHANG)[0] != 0
 
-    def ask(self, request: Request, trainer: int) -> dict[str, Any]:
-        """Its answer. Ends all when it gives none, and when the trainer, whose pipe this is, goes away meanwhile."""
+    def ask(self, request: Request) -> dict[str, Any]:
+        """Its answer. Ends all when it gives none, and when the trainer goes away meanwhile."""
         line = b""
         with contextlib.suppress(OSError):
-            self.pipe.sendall(json.dumps(request).encode() + b"\n")
+            os.kill(self._pid, signal.SIGCONT)  # a call may have stopped it
+            self._pipe.sendall(json.dumps(request).encode() + b"\n")
             while not line.endswith(b"\n") and len(line) < MAX_REPLY_BYTES:
-                ready, _, _ = select.select([self.pipe, trainer], [], [])
-                part = self.pipe.recv(1 << 16) if trainer not in ready else b""  # it says no more until it is answered
+                ready, _, _ = select.select([self._pipe, self._trainer], [], [])
+                # The trainer says no more until it is answered: if it can be read, it has gone.
+                part = b"" if self._trainer in ready else self._pipe.recv(1 << 16)
                 if not part:
                     break
                 line += part
@@ -194,18 +202,21 @@ def _serve_module(pipe: socket.socket) -> NoReturn:
         with pipe.makefile("rb") as requests, pipe.makefile("wb") as replies:
             for line in requests:
                 request = json.loads(line)
-                _limit_cpu(START_SECONDS)
-                if "arguments" not in request:
-                    reply = answer_for_tool(request)
-                else:
+                if "arguments" in request:
+                    answer_for_tool({"path": request["path"]})  # where another process than this has loaded it
+                if "arguments" in request and not _has_threads():
+                    _limit_cpu(START_SECONDS)
                     reply = _answer_in_child(request, pipe.fileno())
+                else:
+                    _silence()
+                    _limit_cpu(request.get("seconds", START_SECONDS))
+                    reply = answer_for_tool(request)
                 _write_line(replies, reply)
     finally:
         os._exit(1)
 
 
 def _answer_in_child(request: Request, pipe: int) -> Mapping[str, Any]:
-    answer_for_tool({"path": request["path"]})  # where the process is another one than that which has loaded it
     resident = _has_children()  # of the module itself, such as an engine that it has started
     reading, writing = os.pipe()
     child = os.fork()
@@ -217,7 +228,8 @@ def _answer_in_child(request: Request, pipe: int) -> Mapping[str, Any]:
     with os.fdopen(reading, "rb") as told:
         line = told.readline(MAX_REPLY_BYTES)
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    with contextlib.suppress(ChildProcessError):  # a module may have asked for its children to be buried unseen
+        os.waitpid(child, 0)
     reply = {"status": "error", "text": ENDED}
     with contextlib.suppress(ValueError, RecursionError):
         said = json.loads(line)
@@ -230,12 +242,19 @@ def _call(request: Request, writing: int) -> NoReturn:
     try:
         _silence()
         _set_limit(resource.RLIMIT_CPU, math.ceil(request["seconds"]) + 1, hard=True)
-        if "numpy" in sys.modules:  # Python's own `random` is seeded anew by a fork, and NumPy's is not
-            sys.modules["numpy"].random.seed()
+        if "numpy.random" in sys.modules:  # Python's own `random` is seeded anew by a fork, and NumPy's is not
+            sys.modules["numpy.random"].seed()
         with os.fdopen(writing, "wb") as told:
             _write_line(told, answer_for_tool(request))
     finally:
         os._exit(1)
+
+
+def _has_threads() -> bool:
+    try:
+        return len(os.listdir("/proc/self/task")) > 1
+    except OSError:  # without a /proc, only those of Python are known
+        return threading.active_count() > 1
 
 
 def _stays() -> bool:
@@ -306,6 +325,7 @@ def _words(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # the current folder, in which a call may write files that are named like modules
     if hasattr(os, "fork"):
         supervise(MEMORY_BYTES)
     else:

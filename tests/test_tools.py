@@ -442,7 +442,10 @@ SOUND = {"name": "tool", "description": "What it does.", "parameters": {"type": 
         {"type": "integer", "minimum": 1, "maximum": 5},
         {"pattern": "(a+)+$"}, {"$ref": "http://localhost/schema"}, {"$dynamicRef": "#x"}, {"type": 5}, {"type": "odd"},
         {"items": {"pattern": "a"}}, {"anyOf": [{"type": "string"}, {"format": "x"}]}, {"anyOf": []}, {"enum": 3},
-        {"additionalProperties": {"not": {}}}, {"properties": {"b": {"allOf": [{}]}}}, [], None, 3,
+        {"additionalProperties": {"not": {}}}, {"properties": {"b": {"allOf": [{}]}}}, [], None, 3, True, False,
+        {"type": ["integer", "number"]}, {"items": True}, {"properties": {"a": True}}, {"enum": []}, {"required": [3]},
+        {"default": float("nan")}, {"description": "\ud800"}, {"description": "x" * 20_000}, {"default": "x" * 20_000},
+        {"anyOf": [{"type": "null"}] * 101}, {"enum": list(range(101))}, {"type": list(range(5000))},
     ],
 )  # fmt: skip
 def test_a_described_tool_has_the_keywords_of_described_functions_alone(schema):
