@@ -184,6 +184,15 @@ def read_key(description: str) -> str:
     return os.strerror(ctypes.get_errno())
 
 
+def use_keys_by_another_number() -> str:
+    """That of the other calling convention of x86, x32."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
+    return "answered" if libc.syscall(1 << 30 | number, 0, -3, 0) >= 0 else os.strerror(ctypes.get_errno())
+
+
 def huge() -> str:
     return "x" * 5_000_000
 

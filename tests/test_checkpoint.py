@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,14 @@ def test_saving_the_same_step_twice(tmp_path):
     write(tmp_path, 3, 9.0)
     assert load(tmp_path)[0].tensors["adapter"]["w"].tolist() == [9.0] * 5
     assert names(tmp_path) == ["step-000003"]
+
+
+def test_what_computes_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX9")
+    write(tmp_path, 1)
+    said = load(tmp_path)[0].versions
+    assert (said[checkpoint.THREADS], said[checkpoint.INSTRUCTIONS], said["torch"]) == ("7", "AVX9", version("torch"))
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -114,13 +115,14 @@ def content(folder: Path) -> dict[str, bytes] | None:
 @pytest.mark.parametrize("there", [None, OLD], ids=["nothing", "something"])
 def test_a_folder_is_whole_or_absent_whenever_it_is_killed(tmp_path, monkeypatch, there):
     target = tmp_path / "best"
-    for moment in range(20):
+    for moment in range(30):
         shutil.rmtree(target, ignore_errors=True)
         if there:
             replace_folder(target, there)
         calls = iter(range(100))
         with monkeypatch.context() as patch:
-            for owner, name in [(os, "fsync"), (Path, "rename"), (Path, "mkdir"), (shutil, "rmtree"), (os, "open")]:
+            owners = {"fsync": os, "open": os, "unlink": os, "rename": Path, "mkdir": Path, "rmtree": shutil}
+            for name, owner in owners.items():
                 real = getattr(owner, name)
 
                 def stop(*args, real=real, moment=moment, calls=calls, **kwargs):
@@ -161,7 +163,18 @@ def test_a_disk_without_room_leaves_what_was_there(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.fixture
+def soon():
+    """A test that would wait for ever fails."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 @posix
+@pytest.mark.usefixtures("soon")
 def test_what_is_no_file_is_waited_for_by_nobody(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")

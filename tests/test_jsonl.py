@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -12,6 +13,7 @@ from lite_mentor.errors import UserError
 from lite_mentor.sandbox import Sandbox
 from lite_mentor.tasks import jsonl
 from lite_mentor.tasks.jsonl import read_tasks
+from lite_mentor.tools import calculator_tools
 
 GOOD = {"question": "What is 37 times 12?", "answer": "444", "tools": ["multiply"]}
 
@@ -220,6 +222,23 @@ def test_the_same_question_with_other_tools_or_in_another_order_is_another_examp
     rows = [{**GOOD, "tools": tools} for tools in (["add"], ["add", "multiply"], ["multiply", "add"])]
     rows.append({**GOOD, "answer": 12, "tools": ["sqrt"]})
     assert len(read(rows)) == len(read(rows[::-1])) == 4
+
+
+def test_a_tool_is_described_once_for_all_rows(tmp_path):
+    """That may import its module, or fail to for a minute."""
+    asked = []
+
+    def describe(path):
+        asked.append(path)
+        if path == "bad:f":
+            raise UserError("no")
+        return dataclasses.replace(calculator_tools()[0], path=path)
+
+    rows = good(50) + [{**GOOD, "tools": [path]} for path in ("good:f", "bad:f", "bad:f")]
+    rows.append({**GOOD, "question": "Again?", "tools": ["good:f"]})
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(read_tasks(tmp_path / "mine.jsonl", quarantine=tmp_path / "quarantine", describe=describe)) == 52
+    assert asked == ["good:f", "bad:f"]
 
 
 def test_more_than_five_percent_bad_rows_stop_the_run(read, quarantined):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -214,6 +215,18 @@ def test_an_answer_to_another_request_is_none(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RuntimeError, match=r"-m stale_worker` does not start as a worker"):
         Worker("stale_worker").request({}, 1.0)
+
+
+def test_a_request_has_a_name_that_cannot_be_guessed(tmp_path, monkeypatch):
+    telling = (
+        """import json\nfor line in open(0): print(json.dumps([json.loads(line)[0], {"line": line}]), flush=True)"""
+    )
+    (tmp_path / "telling_worker.py").write_text(telling)
+    monkeypatch.syspath_prepend(tmp_path)
+    with contextlib.closing(Worker("telling_worker")) as worker:
+        names = {json.loads(worker.request({}, 60.0)["line"])[0] for _ in range(20)}
+    assert len(names) == 20
+    assert all(len(name) >= 16 for name in names)
 
 
 def test_a_worker_that_has_ended_meanwhile_is_replaced():

@@ -231,8 +231,10 @@ def test_a_best_adapter_that_a_kill_kept_from_its_folder_is_written_by_the_resum
     assert run(out, *flags) == 130
     assert not best.exists()
     monkeypatch.undo()
+    (out / ".tmp-report.html").touch()
     monkeypatch.setattr(train, "train_step", dies)
     assert train.main(["--resume", str(out)]) == 130
+    assert not (out / ".tmp-report.html").exists()
     kept = load_file(best / "adapter_model.safetensors")
     then = load_file(out / "checkpoints" / "step-000001" / "adapter.safetensors")
     assert {name.replace(".default.", "."): tensor.tolist() for name, tensor in then.items()} == {
