@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import re
 
 import pytest
@@ -158,6 +159,14 @@ def test_a_resumed_run_stays_where_it_is_and_forgets_what_only_one_command_meant
     assert (again.check, again.resume_anyway, again.lr) == (False, False, 0.25)
     with pytest.raises(UserError, match="leave --out away"):
         parse(["--resume", str(tmp_path), "--out", "elsewhere"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its kinds of files")
+@pytest.mark.usefixtures("soon")
+def test_a_folder_from_elsewhere_is_looked_at_before_its_settings_are_read(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"config\.json is a pipe"):
+        parse(["--resume", str(tmp_path)])
 
 
 def test_what_is_the_configuration_of_a_run(tmp_path):

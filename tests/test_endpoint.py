@@ -569,6 +569,8 @@ def test_ctrl_c_ends_the_process_whatever_its_threads_wait_for(tmp_path):
     ],
 )  # fmt: skip
 def test_an_address_holds_no_secret(tmp_path, capsys, url):
+    with pytest.raises(UserError, match="must be an address alone"):
+        teach_options.check(Options(Path("x"), base_url=url))
     command = [
         "--suite",
         "tiny",

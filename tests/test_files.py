@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 from pathlib import Path
 
@@ -161,16 +160,6 @@ def test_a_disk_without_room_leaves_what_was_there(tmp_path, monkeypatch):
     assert content(tmp_path / "best") == OLD
     assert read_file(tmp_path / "file", follow=False) == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == before
-
-
-@pytest.fixture
-def soon():
-    """A test that would wait for ever fails."""
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @posix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -260,6 +261,16 @@ def test_a_metric_of_another_kind_is_not_drawn(tmp_path):
         '{"step": 0, "phase": "rl", "entropy": "high", "kl": NaN, "reward/mean": 1e999}\n'
     )
     assert Page(write_report(run)).figures() == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its kinds of files")
+@pytest.mark.usefixtures("soon")
+def test_a_folder_from_elsewhere_is_looked_at_before_it_is_read(tmp_path):
+    for name in ("config.json", "metrics.jsonl", "report.html"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name} is a pipe"):
+            write_report(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_the_command(tmp_path, capsys):

@@ -218,10 +218,8 @@ def test_an_answer_to_another_request_is_none(tmp_path, monkeypatch):
 
 
 def test_a_request_has_a_name_that_cannot_be_guessed(tmp_path, monkeypatch):
-    telling = (
-        """import json\nfor line in open(0): print(json.dumps([json.loads(line)[0], {"line": line}]), flush=True)"""
-    )
-    (tmp_path / "telling_worker.py").write_text(telling)
+    code = "import json\nfor line in open(0): print(json.dumps([json.loads(line)[0], {'line': line}]), flush=True)"
+    (tmp_path / "telling_worker.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     with contextlib.closing(Worker("telling_worker")) as worker:
         names = {json.loads(worker.request({}, 60.0)["line"])[0] for _ in range(20)}
