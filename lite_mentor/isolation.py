@@ -72,6 +72,12 @@ def counts_processes(way: Way) -> bool:
     return os.geteuid() != 0 or (way == "user namespaces" and kernel() >= (6, 14))
 
 
+def go_first() -> None:
+    """When memory is short, Linux is to end this process and its children, and not the trainer."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def look(namespace: str, folder: str, abstract_socket: str) -> str:
     """Called in a worker: what it can do to the trainer, in words; "" is nothing.
 
@@ -168,6 +174,7 @@ def main(how: str, *arguments: str) -> None:
     confine -- COMMAND ...: run it in those that there are. Both limit it as far as namespaces do not.
     """
     split = arguments.index("--")
+    go_first()  # for no worker can say so where its /proc is read-only
     if how == "isolate":
         maps = {"setgroups": "deny", "uid_map": f"{_NOBODY} {os.getuid()} 1", "gid_map": f"{_NOBODY} {os.getgid()} 1"}
         _libc("unshare", _USER | _MOUNTS | _PROCESSES | _NETWORK | _IPC | _HOSTNAME)

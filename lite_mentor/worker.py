@@ -28,7 +28,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 try:
@@ -38,6 +37,7 @@ except ImportError:  # Windows
 
 from lite_mentor.calculators import ToolError
 from lite_mentor.errors import UserError
+from lite_mentor.isolation import go_first
 from lite_mentor.results import finished, result_text
 
 START_SECONDS = 60.0
@@ -121,8 +121,7 @@ def supervise(memory_bytes: int) -> None:
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     _silence()
     _limit(memory_bytes)
-    with contextlib.suppress(OSError):  # what the system ends first when memory is short must not be the trainer
-        Path("/proc/self/oom_score_adj").write_text("1000")
+    go_first()
     _hide()
     module: _Module | None = None
     for line in requests:
@@ -169,7 +168,6 @@ class _Module:
         """Its answer. Ends all when it gives none, and when the trainer goes away meanwhile."""
         line = b""
         with contextlib.suppress(OSError):
-            os.kill(self._pid, signal.SIGCONT)  # a call may have stopped it
             self._pipe.sendall(json.dumps(request).encode() + b"\n")
             while not line.endswith(b"\n") and len(line) < MAX_REPLY_BYTES:
                 ready, _, _ = select.select([self._pipe, self._trainer], [], [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import itertools
 import os
 import signal
@@ -115,6 +116,16 @@ def leave_a_process_behind(mark: str, own_group: bool) -> str:
     command = [sys.executable, "-c", "import time; time.sleep(60)", mark]
     subprocess.Popen(command, start_new_session=own_group)
     return "left"
+
+
+def write_here(file: str, text: str) -> str:
+    with open(file, "w") as opened:
+        opened.write(text)
+    return "written"
+
+
+def import_late(module: str) -> str:
+    return importlib.import_module(module).__name__
 
 
 def kill_parent() -> str:

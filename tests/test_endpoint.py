@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from lite_mentor import endpoint, teach_options, teacher, transcript
 from lite_mentor.endpoint import FEW, MANY, MAX_CALLS, BrokenOff, Endpoint
+from lite_mentor.errors import UserError
 from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.sft import teacher_rollout
 from lite_mentor.tasks import make_example

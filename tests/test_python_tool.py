@@ -102,7 +102,7 @@ def interpreters(worker: int, *, busy: bool = False) -> list[int]:
 def test_an_interpreter_that_crashes_is_an_error_and_is_replaced():
     with Sandbox(1, 60.0, "limits only") as sandbox:
         assert sandbox.call(PATH, {"code": "1"}) == ("ok", "1")
-        worker, results = sandbox._workers[0].pid, []
+        worker, results = next(iter(sandbox._workers)).pid, []
         code = {"code": "while True: pass"}
         thread = threading.Thread(target=lambda: results.append(sandbox.call(PATH, code)))
         thread.start()
@@ -113,7 +113,7 @@ def test_an_interpreter_that_crashes_is_an_error_and_is_replaced():
         thread.join()
         assert results == [("error", "Error: the code broke the interpreter.")]
         assert sandbox.call(PATH, {"code": "1 + 1"}) == ("ok", "2")
-        assert sandbox._workers[0].pid == worker
+        assert next(iter(sandbox._workers)).pid == worker
 
 
 @needs_monty
@@ -122,7 +122,7 @@ def test_an_interpreter_that_ignores_its_limits_ends_with_its_worker():
     with Sandbox(1, 1.0, "limits only") as sandbox:  # less than the interpreter's own limit
         while sandbox.call(PATH, {"code": "1"})[0] != "ok":  # a busy machine may take longer to start it
             pass
-        worker = sandbox._workers[0].pid
+        worker = next(iter(sandbox._workers)).pid
         assert sandbox.call(PATH, {"code": "while True: pass"}) == ("timeout", "Error: the tool took longer than 1 s.")
         while interpreters(worker):  # killed, and about to be buried
             pass

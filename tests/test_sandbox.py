@@ -119,7 +119,7 @@ def test_every_limit_is_set(call):
 def test_an_endless_call_times_out():
     with Sandbox(workers=1, timeout_s=1.0) as sandbox:
         assert sandbox.call(ADD, {"a": 1, "b": 2}) == ("ok", "3")
-        process = sandbox._workers[0]._process
+        process = next(iter(sandbox._workers))._process
         assert sandbox.call("sample_tools:loop", {}) == ("timeout", "Error: the tool took longer than 1 s.")
         assert process.returncode is not None
         assert sandbox.call(ADD, {"a": 1, "b": 2}) == ("ok", "3")
@@ -164,8 +164,8 @@ def test_a_call_cannot_end_the_calls_after_it(call):
 @needs_fork
 def test_a_worker_or_a_module_that_dies_between_calls_is_replaced(sandbox):
     """As where the system is short of memory."""
-    (worker,) = sandbox._workers
     assert sandbox.call(ADD, {"a": 1, "b": 2}) == ("ok", "3")
+    worker = next(worker for worker, module in sandbox._workers.items() if module == "sample_tools")
     for pid in descendants(worker.pid) or pytest.skip("cannot tell here who is whose child"):
         with contextlib.suppress(ProcessLookupError):  # it may have ended with another
             os.kill(pid, signal.SIGKILL)
@@ -366,11 +366,68 @@ def test_secrets_of_the_environment_stay_here(monkeypatch):
 
 def test_workers_start_when_needed_and_are_reused_and_calls_leave_nothing_behind():
     with Sandbox(workers=3) as sandbox:
-        assert [worker.pid for worker in sandbox._workers] == [None, None, None]
+        assert not sandbox._workers
         assert [sandbox.call("sample_tools:count", {}) for _ in range(3)] == [("ok", "1")] * 3
-        (pid,) = [worker.pid for worker in sandbox._workers if worker.pid is not None]
+        (worker,), pids = sandbox._workers, {worker.pid for worker in sandbox._workers}
         sandbox.call(ADD, {"a": 1, "b": 2})
-        assert pid in [worker.pid for worker in sandbox._workers]
+        assert {worker.pid} == pids
+
+
+def test_every_module_has_a_worker_of_its_own_and_the_idlest_makes_room(tmp_path, monkeypatch):
+    monkeypatch.setattr("lite_mentor.sandbox.MAX_WORKERS", 2)
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "import os\ndef tool(name: str, text: str):\n    open(name, 'w').write(text)\n    return os.listdir('.')\n"
+    for name in "abc":
+        (tmp_path / f"module_{name}.py").write_text(code)
+    with Sandbox(workers=1) as sandbox:
+        files = {n: sandbox.call(f"module_{n}:tool", {"name": n, "text": ""})[1] for n in "aba"}
+        modules, (first, second) = [*sandbox._workers.values()], sandbox._workers
+        sandbox.call("module_c:tool", {"name": "c", "text": ""})
+        assert [*sandbox._workers.values()] == ["module_a", "module_c"]
+        assert (first.pid, second.pid is None) == (None, False)
+    assert modules == ["module_b", "module_a"]
+    if sandbox.way != "limits only":
+        assert [n for n in "ab" if n in files["a"].split(", ")] == ["a"]  # its second call sees what the first wrote
+        assert [n for n in "ab" if n in files["b"].split(", ")] == ["b"]
+
+
+def test_a_file_that_a_call_writes_is_no_module_of_a_later_one(sandbox, call):
+    """It lies in the folder in which a worker starts; without namespaces that is ours."""
+    if sandbox.way == "limits only":
+        pytest.skip("workers start in the current folder")
+    assert call("write_here", file="colorsys.py", text="raise SystemExit") == ("ok", "written")
+    assert call("import_late", module="colorsys") == ("ok", "colorsys")
+
+
+def test_a_module_that_buries_its_children_unseen_works(tmp_path, monkeypatch):
+    code = "import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\ndef tool():\n    return 'fine'\n"
+    (tmp_path / "module_that_ignores.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Sandbox(workers=1) as sandbox:
+        assert [sandbox.call("module_that_ignores:tool", {}) for _ in range(2)] == [("ok", "fine")] * 2
+
+
+def test_a_module_with_threads_runs_its_calls_itself(tmp_path, monkeypatch):
+    """They would not be there after a fork, and whoever waits for them would wait for ever."""
+    (tmp_path / "module_with_threads.py").write_text(
+        "import os\nfrom concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(1)\n"
+        "pool.submit(int).result()\ndef tool():\n    print('noise')\n    return pool.submit(lambda: 5).result()\n"
+        "def leave():\n    os._exit(0)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with Sandbox(1, 10.0) as sandbox:
+        assert [sandbox.call("module_with_threads:tool", {}) for _ in range(2)] == [("ok", "5")] * 2
+        assert sandbox.call("module_with_threads:leave", {}) == ("error", ENDED)
+        assert sandbox.call("module_with_threads:tool", {}) == ("ok", "5")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux chooses whom to end when memory is short")
+def test_a_worker_is_what_a_system_short_of_memory_ends_first(sandbox):
+    sandbox.call(ADD, {"a": 1, "b": 2})
+    worker = next(worker for worker, module in sandbox._workers.items() if module == "sample_tools")
+    scores = [Path("/proc", str(pid), "oom_score_adj").read_text() for pid in descendants(worker.pid)]
+    assert "1000\n" in scores
 
 
 def test_calls_from_many_threads_get_their_own_answers():
