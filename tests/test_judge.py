@@ -26,6 +26,7 @@ from lite_mentor.quantities import Quantity, read, same_quantity
 from lite_mentor.tasks import make_example
 from lite_mentor.types import World
 from lite_mentor.units import CARDINALS, SCALES
+from lite_mentor.worker import START_SECONDS
 
 HOSTILE = "9^{9^{9^9}}"
 
@@ -546,11 +547,17 @@ def test_an_answer_that_breaks_a_limit_is_wrong(monkeypatch, error):
 
 
 def test_an_episode_is_judged_by_what_its_calls_did(monkeypatch):
-    """A verdict is the judge's; calls that cannot be played again are wrong; a judge that raises is our mistake."""
+    """A verdict is the judge's; calls that cannot be played again are wrong; a judge that raises is our mistake.
+
+    Importing the judge is not timed as playing is.
+    """
     task = replace(make_example("Do it.", ["done"], (), suite="test"), checker="state", world=World({}, "m:f"))
 
     def verdict(outcome) -> bool:
         def request(payload, seconds):
+            if "arguments" not in payload:
+                assert seconds == START_SECONDS
+                return {}
             if isinstance(outcome, type):
                 raise outcome
             return outcome
@@ -564,6 +571,9 @@ def test_an_episode_is_judged_by_what_its_calls_did(monkeypatch):
     assert not verdict(EOFError)
     with pytest.raises(RuntimeError, match=r"judging example .* of test failed: Error: KeyError"):
         verdict({"status": "error", "text": "Error: KeyError"})
+    monkeypatch.setattr(judge, "_player", lambda: SimpleNamespace(request=lambda *_: {"problem": "no such module"}))
+    with pytest.raises(RuntimeError, match=r"judging example .* of test failed: no such module"):
+        is_right(task, "done", ())
 
 
 def test_the_worker_ends_with_the_process():
