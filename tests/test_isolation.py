@@ -61,6 +61,14 @@ def test_of_the_home_folder_only_modules_are_seen_even_when_it_is_the_current_on
         assert workers.call("tool_at_home:tool", {"path": str(tmp_path / "key")}) == ("ok", "False /tmp")
 
 
+def test_a_file_that_a_call_writes_is_no_module_of_a_later_one(way):
+    """It lies in the folder in which a worker starts."""
+    with Sandbox(1, way=way) as workers:
+        written = workers.call("sample_tools:write_here", {"file": "colorsys.py", "text": "raise SystemExit"})
+        assert written == ("ok", "written")
+        assert workers.call("sample_tools:import_late", {"module": "colorsys"}) == ("ok", "colorsys")
+
+
 @pytest.mark.parametrize("kind", ["a folder", "a module alone", "the root"])
 def test_nothing_that_is_seen_can_be_written_to(way, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

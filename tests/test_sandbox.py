@@ -391,14 +391,6 @@ def test_every_module_has_a_worker_of_its_own_and_the_idlest_makes_room(tmp_path
         assert [n for n in "ab" if n in files["b"].split(", ")] == ["b"]
 
 
-def test_a_file_that_a_call_writes_is_no_module_of_a_later_one(sandbox, call):
-    """It lies in the folder in which a worker starts; without namespaces that is ours."""
-    if sandbox.way == "limits only":
-        pytest.skip("workers start in the current folder")
-    assert call("write_here", file="colorsys.py", text="raise SystemExit") == ("ok", "written")
-    assert call("import_late", module="colorsys") == ("ok", "colorsys")
-
-
 def test_a_module_that_buries_its_children_unseen_works(tmp_path, monkeypatch):
     code = "import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\ndef tool():\n    return 'fine'\n"
     (tmp_path / "module_that_ignores.py").write_text(code, encoding="utf-8")
