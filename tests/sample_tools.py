@@ -144,15 +144,6 @@ def rename_add() -> str:
     return "renamed"
 
 
-def draw() -> list[float]:
-    """Numbers that differ from call to call."""
-    import random
-
-    import numpy as np
-
-    return [random.random(), float(np.random.random())]
-
-
 def say(frame: str) -> None:
     """Writes the line to every file that is open, and answers nothing itself."""
     for descriptor in range(3, 64):

@@ -153,7 +153,16 @@ def test_a_thread_that_ends_its_process_later_ends_no_other_call(call):
 @needs_fork
 def test_nothing_that_a_call_changes_is_there_in_the_next_one(call):
     assert call("rename_add") == ("ok", "renamed")
-    assert len({call("draw") for _ in range(3)}) == 3  # and what is random stays so
+
+
+@needs_fork
+def test_what_is_random_differs_from_call_to_call(tmp_path, monkeypatch):
+    code = "import random\nimport numpy.random\ndef tool():\n    return random.random(), float(numpy.random.random())\n"
+    (tmp_path / "module_of_chance.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Sandbox(workers=1) as sandbox:
+        drawn = [sandbox.call("module_of_chance:tool", {})[1].split(", ") for _ in range(3)]
+    assert [len(set(numbers)) for numbers in zip(*drawn, strict=True)] == [3, 3]
 
 
 @needs_fork
