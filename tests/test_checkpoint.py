@@ -213,6 +213,16 @@ def test_a_well_hashed_but_wrong_manifest_is_refused(tmp_path, changes):
         load(tmp_path)
 
 
+def test_a_checkpoint_that_names_a_file_elsewhere_is_refused_though_that_is_as_it_says(tmp_path):
+    (tmp_path / "theirs.json").write_bytes(b"{}")
+    path = write(tmp_path, 7)
+    names = json.loads((path / "MANIFEST.json").read_bytes())["files"]
+    theirs = {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    rewrite_manifest(path, files=names | {"../../theirs.json": theirs})
+    with pytest.raises(UserError, match="names files that no checkpoint has"):
+        load(tmp_path)
+
+
 def test_a_renamed_checkpoint_is_refused(tmp_path):
     path = write(tmp_path, 7)
     path.rename(path.with_name("step-000009"))

@@ -603,6 +603,7 @@ def test_an_address_is_taken(url):
 
 @pytest.mark.parametrize("key", ["secret\n", "two words", "s\xe9cret", "\x1b[2J"])
 def test_a_key_that_cannot_be_one(ask, monkeypatch, capsys, key):
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
     monkeypatch.setenv("OPENAI_API_KEY", key)
     status, _, server = ask({"Q": []})
     assert (status, server.asked) == (2, [])
