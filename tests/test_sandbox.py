@@ -167,7 +167,7 @@ def test_what_is_random_differs_from_call_to_call(tmp_path, monkeypatch):
 
 @needs_fork
 def test_a_module_with_numpy_draws_other_numbers_in_every_call(tmp_path, monkeypatch):
-    code = "import numpy\ndef draw() -> float:\n    return float(numpy.random.random())\n"
+    code = "from numpy import random\ndef draw() -> float:\n    return random.random()\n"
     (tmp_path / "drawing_module.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     with Sandbox(1, way="limits only") as sandbox:
