@@ -166,16 +166,6 @@ def test_what_is_random_differs_from_call_to_call(tmp_path, monkeypatch):
 
 
 @needs_fork
-def test_a_module_with_numpy_draws_other_numbers_in_every_call(tmp_path, monkeypatch):
-    code = "from numpy import random\ndef draw() -> float:\n    return random.random()\n"
-    (tmp_path / "drawing_module.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    with Sandbox(1, way="limits only") as sandbox:
-        draws = [sandbox.call("drawing_module:draw", {}) for _ in range(3)]
-    assert ({status for status, _ in draws}, len(set(draws))) == ({"ok"}, 3)
-
-
-@needs_fork
 def test_a_call_cannot_end_the_calls_after_it(call):
     assert call("kill_parent") == ("error", ENDED)
 
