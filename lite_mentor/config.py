@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lite_mentor.errors import UserError, printable
+from lite_mentor.errors import UserError, deceives
 from lite_mentor.files import check_folder
 
 NEUTRAL = frozenset(
@@ -358,7 +358,7 @@ def _fits(value: Any, kind: Any) -> bool:
         kinds = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
     if kind is str:  # --help shows the settings of the run that is resumed
-        return type(value) is str and printable(value) == value
+        return type(value) is str and not deceives(value)
     return type(value) is kind or (kind is float and type(value) is int)
 
 
@@ -425,7 +425,7 @@ def check(config: Config) -> None:
         raise UserError(f"--date {config.date!r}: write a day as 2026-12-01.")
     for name, value in config.asdict().items():
         for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, str) and printable(part) != part:
+            if isinstance(part, str) and deceives(part):
                 raise UserError(f"--{name.replace('_', '-')} {part} holds a character that cannot be shown; rename it.")
     if not config.levels:
         raise UserError("--levels is empty; name at least one level, such as --levels 1 2.")

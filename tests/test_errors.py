@@ -6,7 +6,10 @@ import ast
 import io
 import json
 import logging
+import os
+import subprocess
 import sys
+import threading
 import unicodedata
 import warnings
 from pathlib import Path
@@ -20,7 +23,7 @@ from rich.console import Console
 from lite_mentor import config, teach, teacher
 from lite_mentor.assets import resolve_student, source_of
 from lite_mentor.display import Display
-from lite_mentor.errors import UserError, guard_terminal, printable, say
+from lite_mentor.errors import UserError, deceives, guard_terminal, printable, say
 from lite_mentor.facts import facts_of
 from lite_mentor.log import read_run
 from lite_mentor.run import differences
@@ -76,7 +79,8 @@ def test_a_line_takes_any_text_to_any_stream(capsys):
 @pytest.fixture
 def guarded(monkeypatch):
     """A guarded process, which is not for the other tests to find."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for module, hook in ((sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")):
+        monkeypatch.setattr(module, hook, getattr(module, f"__{hook}__"))
     factory = logging.getLogRecordFactory()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -104,6 +108,138 @@ def test_what_libraries_say_is_shown_too(capsys):
     assert f"UserWarning: {SHOWN}\n" in said
     assert said.endswith(f"ValueError: {SHOWN}\n")
     assert not obeyed(said)
+
+
+def fail():
+    raise ValueError(TITLE)
+
+
+class Unraisable:
+    def __del__(self):
+        fail()
+
+
+def log_an_exception():
+    try:
+        fail()
+    except ValueError:
+        logging.getLogger("theirs").exception("failed", stack_info=True)
+
+
+def fail_in_a_thread():
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize("way", [log_an_exception, fail_in_a_thread, Unraisable], ids=lambda way: way.__name__)
+def test_every_traceback_is_shown(capsys, way):
+    handler = logging.StreamHandler()
+    logging.getLogger("theirs").addHandler(handler)
+    way()
+    logging.getLogger("theirs").removeHandler(handler)
+    said = capsys.readouterr().err
+    assert "Traceback (most recent call last):\n" in said
+    assert f"ValueError: {SHOWN}\n" in said
+    assert not obeyed(said)
+
+
+@pytest.mark.usefixtures("guarded")
+def test_a_thread_may_exit(capsys):
+    thread = threading.Thread(target=sys.exit)
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("text", ["a\x1b[2J", "\x9b", "\n", "\u202e", "\u2066a\u2069", "\udcff"])
+def test_names_that_are_refused(text):
+    assert deceives(text)
+
+
+@pytest.mark.parametrize("text", ["", "\u0645\u06cc\u200c\u062e\u0648", "👩\u200d🔬", "a b\xa0問", "a\xadb"])
+def test_names_that_are_taken(text):
+    assert not deceives(text)
+
+
+# --- streams that fail -----------------------------------------------------------------------------------------
+
+CHILD = """
+import logging, sys
+from rich.console import Console
+from lite_mentor.display import Display
+from lite_mentor.errors import guard_terminal, say
+
+guard_terminal()
+shown = Display({"student": "caf\xe9", "preset": "x", "sft_steps": 1}, 3, quiet=False)
+for step in range(3):
+    say("x" * 9000)
+    shown.note("caf\xe9 \u554f")
+    shown.step({"step": step, "phase": "rl", "reward/mean": 1.0})
+Console().print("x" * 9000)
+logging.warning("caf\xe9")
+shown.close()
+print("what is left for the end")
+print("the child is done", file=sys.stderr)
+"""
+
+
+def child(*flags: str, **streams) -> subprocess.Popen:
+    command = [sys.executable, *flags, "-c", CHILD]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii:strict", "TERM": "xterm"}
+    environ.pop("PYTHONUNBUFFERED", None)
+    return subprocess.Popen(command, env=environ, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams})
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="its devices and terminals")
+
+
+@posix
+@pytest.mark.parametrize("flags", [(), ("-u",)], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("where", ["full", "pipe", "closed"])
+def test_an_output_that_fails_ends_nothing(where, flags):
+    if where == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("Linux has this device")
+    if where == "full":
+        with open("/dev/full", "w") as full:
+            process = child(*flags, stdout=full)
+    elif where == "pipe":
+        process = child(*flags)
+        process.stdout.close()  # as `| head` does
+        process.stdout = None
+    else:
+        process = child(*flags, stdout=None, preexec_fn=lambda: os.close(1))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert said.count(b"stdout cannot be written (") == (where != "closed")
+    assert b"WARNING:root:caf?\n" in said
+    assert said.endswith(b"the child is done\n")
+
+
+@posix
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has this device")
+def test_when_no_stream_can_be_written_the_work_goes_on():
+    with open("/dev/full", "w") as full:
+        assert child(stdout=full, stderr=full).wait(60) == 0
+
+
+@posix
+@pytest.mark.parametrize("gone", [False, True], ids=["there", "gone"])
+def test_a_terminal_of_few_characters_and_one_that_is_gone(gone):
+    ours, theirs = os.openpty()
+    process = child(stdout=theirs)
+    os.close(theirs)
+    seen = b""
+    try:
+        while not gone and (part := os.read(ours, 65536)):
+            seen += part
+    except OSError:  # Linux: the other end is closed
+        pass
+    os.close(ours)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, b"Traceback" in said) == (0, False), said
+    assert gone or (b"caf? ?" in seen and b"step 3/3" in seen)
 
 
 # --- no other way ----------------------------------------------------------------------------------------------
