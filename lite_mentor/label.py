@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import date
@@ -22,6 +21,7 @@ import torch
 from rich.progress import track
 
 from lite_mentor import sft, soft
+from lite_mentor.assets import scratch_folder
 from lite_mentor.batch import pack
 from lite_mentor.config import Config, parse
 from lite_mentor.device import compute_device
@@ -65,8 +65,8 @@ def likeliest(teacher: Student, rollout: Rollout, k: int) -> Iterator[tuple[torc
 def student_records(config: Config) -> tuple[list[Rollout], dict[str, int]]:
     """The cold start's records as this run's student reads them, and its vocabulary."""
     # The quarantine's folder is for this time, for the run will write it again.
-    with tempfile.TemporaryDirectory() as scratch, open_sandbox(config.sandbox) as sandbox:
-        examples, teacher = training_examples(config, Path(scratch), sandbox.describe, say)
+    with scratch_folder() as scratch, open_sandbox(config.sandbox) as sandbox:
+        examples, teacher = training_examples(config, scratch, sandbox.describe, say)
     tokenizer = load_tokenizer(config.student)
     chosen = examples[: config.sft_steps * config.sft_batch]
     rollouts = sft.teacher_rollouts(Chat(tokenizer, config.date), chosen, teacher, config)
@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--soft-labels must name the file to write, and --sft-steps must not be 0.")
         if own.labels < 1:
             raise UserError(f"--labels is {own.labels}; keep 1 token or more at each position.")
+        soft.check_path(Path(config.soft_labels))
         config = replace(config, device=compute_device(config.device), date=config.date or str(date.today()))
         rollouts, vocabulary = student_records(config)
         teacher = load_student(

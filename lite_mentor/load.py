@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lite_mentor import attention
-from lite_mentor.assets import published, resolve_student, source_of
+from lite_mentor.assets import published, resolve_student, scratch_folder, source_of
 from lite_mentor.device import compute_dtype, memory_left
 from lite_mentor.errors import UserError
 from lite_mentor.proof import prove
@@ -68,13 +67,15 @@ def _load(
     """The model, its tokenizer, and where they came from."""
     # cuDNN's attention builds a plan for every length, which costs more than it saves where each row has another one.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    with tempfile.TemporaryDirectory() as scratch, _without_bars():
+    with _without_bars():
         if name == "tiny":
-            folder, origin = tiny_student(Path(scratch)), dict(source="random weights", published=name)
+            with scratch_folder() as scratch:
+                model, tokenizer = _read(tiny_student(scratch), name, quant, device, compute)
+            origin = dict(source="random weights", published=name)
         else:
             folder = resolve_student(name)
+            model, tokenizer = _read(folder, name, quant, device, compute)
             origin = dict(source=source_of(folder), published=published(name, folder))
-        model, tokenizer = _read(folder, name, quant, device, compute)
     if gradient_checkpointing:
         # transformers 5.23 renamed it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

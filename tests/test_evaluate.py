@@ -119,14 +119,53 @@ def test_the_base_after_an_adapter_is_the_base(tmp_path, capsys, monkeypatch):
     assert rows[0]["weights"] != rows[1]["weights"]
 
 
+RESULT = {"name": "x", "suite": "test", "n": 1, "accuracy": 1.0, "ci95": [0.2, 1.0], "keys": ["a"], "correct": [1],
+          "date": "2026-12-01", "pass@2": 1.0}  # fmt: skip
+
+
 @pytest.mark.parametrize("cut", [b"", b'{"na', b"{}\n", b"\xff\n", b"[" * 100_000 + b"\n"])
 def test_a_result_is_kept_beside_lines_that_are_none(tmp_path, cut):
     file = tmp_path / "evaluate.jsonl"
     file.write_bytes(cut)
-    before = len(room._results(file))
-    room._keep({"name": "x"}, file)
-    assert room._results(file)[before:] == [{"name": "x"}]
+    room._keep(RESULT, file)
+    assert room._results(file) == [RESULT]
     assert file.read_bytes().startswith(cut)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n", None), ("accuracy", "1"), ("ci95", [1]), ("keys", ["a", "b"]), ("correct", [1, 1]), ("date", 5),
+     ("date", "\x1b"), ("pass@2", "all"), ("name", 1), ("suite", [])],
+)  # fmt: skip
+def test_a_line_of_another_format_is_no_result(tmp_path, field, value):
+    file = tmp_path / "evaluate.jsonl"
+    without = {k: v for k, v in RESULT.items() if k != field}
+    file.write_text(json.dumps({**RESULT, field: value}) + "\n" + (json.dumps(without) + "\n") * (field != "pass@2"))
+    assert room._results(file) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "sentence"),
+    [("max_turns", 0, "--max-turns is 0"), ("lora_rank", 0, "--lora-rank is 0"), ("cache_gib", -3.0, "--cache-gib"),
+     ("device", "meta", "--device"), ("date", "xxxxxxxxxx", "--date"), ("levels", [], "--levels is empty"),
+     ("backend", "triton", "--backend triton needs a GPU")],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_refused_before_the_student_is_loaded(
+    tmp_path, capsys, monkeypatch, setting, value, sentence
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(room, "load_student", None)
+    monkeypatch.setattr("lite_mentor.loss.interpreted", lambda: False)
+    settings = {**PRESETS["tiny"].asdict(), "device": "cpu", setting: value}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert room.main([str(tmp_path)]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_what_only_the_update_reads_is_no_reason_to_refuse(tmp_path):
+    settings = {**PRESETS["tiny"].asdict(), "device": "cpu", "micro_tokens": 400, "drop_mass": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert room._config(room.Options(tmp_path, max_prompt_tokens=2000)).max_prompt_tokens == 2000
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")

@@ -14,7 +14,7 @@ ORDER = [
     "tasks", "facts", "template", "prompt",
     "assets", "attention", "tiny", "device", "lora", "norms", "fused", "student", "paging", "decode", "engine",
     "proof", "load", "rollout", "teacher", "transcript", "teach_options", "endpoint", "teach", "reward", "batch",
-    "loss", "optim", "soft", "sft", "checkpoint", "statistics", "evaluate", "display", "log", "charts", "page",
+    "loss", "optim", "soft", "sft", "checkpoint", "statistics", "display", "log", "evaluate", "charts", "page",
     "report", "fit", "run", "label",
 ]  # fmt: skip
 MAY_IMPORT_KERNELS = {"attention", "loss", "reward", "student", "paging", "decode"}

@@ -239,6 +239,11 @@ def test_a_missing_file_is_one_sentence(tmp_path, name):
         ("metrics.jsonl", '{"step": "1", "phase": "rl"}', "step"),
         ("eval.jsonl", json.dumps({"step": 0, "name": "a", "suite": "b", **evaluation(1, 2), "ci95": [1]}), "ci95"),
         ("eval.jsonl", json.dumps({"step": 0, "name": "a", "suite": "b", **evaluation(1, 2), "n": None}), "n"),
+        (
+            "eval.jsonl",
+            json.dumps({"step": 0, "name": "a", "suite": "b", **evaluation(1, 2), "correct": [1]}),
+            "correct",
+        ),
         ("rollouts.jsonl", '{"step": 0, "segments": 3}', "reward, terms, question, answer, stop, segments"),
         ("rollouts.jsonl", json.dumps({**ROLLOUT, "segments": [{"sampled": 1, "text": ""}]}), "see segments"),
         ("rollouts.jsonl", json.dumps({**ROLLOUT, "reward": float("nan")}), "see reward"),

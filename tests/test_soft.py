@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -193,13 +194,31 @@ def test_a_damaged_file_is_named(labels_file, tmp_path):
         (["--soft-labels", "x", "--sft-steps", "0"], "--sft-steps must not be 0"),
         (["--soft-labels", "x", "--labels", "0"], "--labels is 0; keep 1 token or more"),
         (["--soft-labels", "x", "--adapter", "nowhere"], "cannot be read as an adapter"),
-        (["--soft-labels", "/proc/x", *FLAGS], "/proc/x cannot be written"),
     ],
 )
 def test_bad_commands_end_with_one_sentence(command, sentence, capsys):
     assert label.main(["--model", "tiny", *FLAGS, *command]) == 2
     found = capsys.readouterr().err.strip().splitlines()
     assert sentence in found[-1]
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("/proc/x", "cannot be written"), (".", "is a folder"), ("/", "is a folder"), ("x" * 5000, "cannot be written")],
+)
+def test_where_labels_cannot_go_is_said_first(path, reason, capsys, monkeypatch):
+    monkeypatch.setattr(label, "student_records", None)
+    assert label.main(["--model", "tiny", "--soft-labels", path, *FLAGS]) == 2
+    assert reason in capsys.readouterr().err
+    with pytest.raises(UserError, match=reason):
+        soft.write(Path(path), soft.SoftLabels("t", torch.zeros(1, 1), torch.zeros(1, 1), {}))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its pipes")
+def test_nobody_is_waited_for_at_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "l.st")
+    with pytest.raises(UserError, match=r"l\.st cannot be read \(.*it is not a file"):
+        soft.read(tmp_path / "l.st")
 
 
 def test_a_run_is_told_the_day_of_its_soft_labels(labels_file, tmp_path):

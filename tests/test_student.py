@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -421,6 +422,17 @@ def test_an_adapter_without_a_sound_config_is_refused(tmp_path, config):
     if config is not None:
         file.write_text(config)
     with pytest.raises(UserError, match=r"adapter_config.json cannot be read as an adapter \(.*a PEFT LoRA"):
+        student.load_adapter(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="its pipes")
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_of_pipes_is_refused(tmp_path, name):
+    student = tiny(lora_rank=4)
+    student.save_adapter(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name} cannot be read as an adapter \(.*it is not a file"):
         student.load_adapter(tmp_path)
 
 
