@@ -179,3 +179,20 @@ def test_what_is_the_configuration_of_a_run(tmp_path):
     ):
         path.write_text(text)
         assert is_config(path) is is_one
+
+
+@pytest.mark.parametrize("name", ["\u0645\u06cc\u200c\u062e", "👩\u200d🔬", "a\xadb"])
+def test_a_name_may_hold_what_belongs_to_its_words(tmp_path, name):
+    config = parse(["--out", name])
+    assert config.out == name
+    (tmp_path / "config.json").write_text(json.dumps(config.asdict()))
+    assert load(str(tmp_path / "config.json")) == config
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2J", "a\n", "\u202ea", "a\u2069", "\udcff"])
+def test_a_name_that_deceives_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match=r"--out .* holds a character that cannot be shown"):
+        parse(["--out", name])
+    (tmp_path / "config.json").write_text(json.dumps({**PRESETS["tiny"].asdict(), "out": name}))
+    with pytest.raises(UserError, match="not the configuration of a run"):
+        load(str(tmp_path / "config.json"))
