@@ -188,7 +188,8 @@ class Config:
     GPU as many as half of its free memory takes, up to 16,384; on a CPU 1,024; and always one whole rollout."""
 
     sandbox: Literal["on", "off"] = "on"
-    """Tools of yours run without network, your files and your processes where this machine can; off: only limited."""
+    """Tools of yours run without network, your files and your processes where this machine can; off: only limited, and
+    to be said again with every --resume."""
     save_every: int = 9
     """Steps between checkpoints."""
     eval_every: int = 0
@@ -302,7 +303,9 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     if resume:
         check_folder(resume)
         default = load(os.path.join(resume, "config.json"))
-        default = dataclasses.replace(default, check=False, resume_anyway=False)  # of one command, not of the run
+        # Of one command, not of the run. And a folder may come from a stranger, whose word that tools need no sandbox
+        # counts for nothing.
+        default = dataclasses.replace(default, check=False, resume_anyway=False, sandbox="on")
         if _value(argv, "--out"):
             raise UserError("--resume goes on in the run's own folder; leave --out away.")
     import tyro  # here, so that what only reads settings, as the tests of the engine, does without it

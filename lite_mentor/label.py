@@ -4,8 +4,8 @@
     python train.py --preset modern --soft-labels cache/soft.safetensors
 
 All flags but --model, --labels and --adapter are train.py's own, so that the same records are laid out in the same
-tokens. The model reads them as the student would; it must have the student's vocabulary, token for token (Qwen3-8B for
-Qwen3-1.7B).
+tokens; only here --soft-labels is written. The model reads them as the student would; it must have the student's
+vocabulary, token for token (Qwen3-8B for Qwen3-1.7B).
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ def student_records(config: Config) -> tuple[list[Rollout], dict[str, int]]:
     """The cold start's records as this run's student reads them, and its vocabulary."""
     # The quarantine's folder is for this time, for the run will write it again.
     with scratch_folder() as scratch, open_sandbox(config.sandbox) as sandbox:
+        if sandbox.way == "limits only":
+            say(sandbox.note, sys.stderr)
         examples, teacher = training_examples(config, scratch, sandbox.describe, say)
     tokenizer = load_tokenizer(config.student)
     chosen = examples[: config.sft_steps * config.sft_batch]
@@ -83,10 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="the larger model: a folder, a hub id, or smollm2-135m")
     parser.add_argument("--adapter", type=Path, help="a folder with PEFT adapters for it, of this run's --lora-rank")
     parser.add_argument("--labels", type=int, default=16, metavar="K", help="tokens kept at each position (16)")
+    # Written to, so it is asked for here: a resumed run's config.json, which may be a stranger's, could name any file.
+    parser.add_argument("--soft-labels", type=Path, metavar="FILE", help="the file to write")
     own, rest = parser.parse_known_args(argv)
     try:
         config = parse(rest)
-        if not config.soft_labels or not config.sft_steps:
+        if not own.soft_labels or not config.sft_steps:
             raise UserError("--soft-labels must name the file to write, and --sft-steps must not be 0.")
         if own.labels < 1:
             raise UserError(f"--labels is {own.labels}; keep 1 token or more at each position.")
@@ -103,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if own.adapter:
             teacher.load_adapter(own.adapter)
         labels = label(teacher, own.model, rollouts, min(own.labels, len(vocabulary)))
-        soft.write(Path(config.soft_labels), replace(labels, date=config.date))
+        soft.write(own.soft_labels, replace(labels, date=config.date))
     except UserError as error:
         say(f"error: {error}", sys.stderr)
         return 2
@@ -112,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     mass = float(labels.logp_NK.exp().sum(1).mean())
     say(
-        f"{config.soft_labels}: {len(labels.ids_NK)} tokens of {len(labels.first)} records, "
+        f"{own.soft_labels}: {len(labels.ids_NK)} tokens of {len(labels.first)} records, "
         f"{labels.ids_NK.shape[1]} labels each, which hold {mass:.2%} of the probability"
     )
     return 0

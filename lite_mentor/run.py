@@ -215,6 +215,7 @@ def prepare(config: Config) -> Iterator[Run]:
         for sentence in filter(None, (why_cpu(requested), too_small(config.preset, device))):
             log.note(sentence)
         sandbox = stack.enter_context(open_sandbox(config.sandbox))
+        log.note(sandbox.note)  # before any module of tools is imported there
         examples, teacher = training_examples(config, out, sandbox.describe, log.note)
         held_out = suites(config, sandbox.describe, log.note)
         student = load_student(
@@ -248,7 +249,6 @@ def prepare(config: Config) -> Iterator[Run]:
         )  # fmt: skip
         log.note(engine.describe())
         log.note(engine.decoder.describe())
-        log.note(sandbox.note)
         yield Run(
             config=config,
             out=out,

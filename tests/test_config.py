@@ -153,10 +153,11 @@ def test_a_clip_that_cannot_be_or_never_holds(flags, sentence):
 
 
 def test_a_resumed_run_stays_where_it_is_and_forgets_what_only_one_command_meant(tmp_path):
-    config = dataclasses.replace(PRESETS["tiny"], check=True, resume_anyway=True, lr=0.25)
+    config = dataclasses.replace(PRESETS["tiny"], check=True, resume_anyway=True, sandbox="off", lr=0.25)
     (tmp_path / "config.json").write_text(json.dumps(config.asdict()))
     again = parse(["--resume", str(tmp_path)])
-    assert (again.check, again.resume_anyway, again.lr) == (False, False, 0.25)
+    assert (again.check, again.resume_anyway, again.sandbox, again.lr) == (False, False, "on", 0.25)
+    assert parse(["--resume", str(tmp_path), "--sandbox", "off"]).sandbox == "off"
     with pytest.raises(UserError, match="leave --out away"):
         parse(["--resume", str(tmp_path), "--out", "elsewhere"])
 

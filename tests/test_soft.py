@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import math
 import os
 from pathlib import Path
@@ -219,6 +220,15 @@ def test_nobody_is_waited_for_at_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "l.st")
     with pytest.raises(UserError, match=r"l\.st cannot be read \(.*it is not a file"):
         soft.read(tmp_path / "l.st")
+
+
+def test_a_runs_folder_does_not_say_which_file_is_written(tmp_path, capsys):
+    theirs = tmp_path / "precious"
+    config = dataclasses.replace(parse(FLAGS), soft_labels=str(theirs), sandbox="off")
+    (tmp_path / "config.json").write_text(json.dumps(config.asdict()))
+    assert label.main(["--model", "tiny", "--resume", str(tmp_path)]) == 2
+    assert "--soft-labels must name the file to write" in capsys.readouterr().err
+    assert not theirs.exists()
 
 
 def test_a_run_is_told_the_day_of_its_soft_labels(labels_file, tmp_path):

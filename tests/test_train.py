@@ -313,6 +313,12 @@ def test_out_that_holds_a_run(capsys, straight):
     assert "already holds a run" in complaint(capsys, "--out", str(straight))
 
 
+def test_what_the_sandbox_keeps_out_is_said_before_a_module_of_tools_is_imported(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_room, "training_examples", Mock(side_effect=KeyboardInterrupt))
+    assert run(tmp_path / "run", "--sandbox", "off") == 130
+    assert "TOOLS CAN READ AND CHANGE YOUR FILES" in capsys.readouterr().out
+
+
 def test_resume_of_nothing(capsys, tmp_path):
     assert "holds no run to resume" in complaint(capsys, "--resume", str(tmp_path / "nothing"))
     assert not (tmp_path / "nothing").exists()
