@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from lite_mentor.errors import UserError
-from lite_mentor.files import check_folder, open_file, read_file, remove, replace_folder
+from lite_mentor.files import check_folder, open_file, remove, replace_folder
 
 FORMAT = 3
 THREADS, INSTRUCTIONS, GPU = "the number of torch's threads", "the processor's instruction set", "the GPU"
@@ -149,9 +149,9 @@ def _read(path: Path) -> Checkpoint:
     manifest = _read_manifest(path)
     contents = {}
     for name, entry in manifest["files"].items():
-        content = _bytes(path / name)
-        if len(content) != entry["size"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
-            raise _Unsound(f"{name} is not what was written (its size or sha256 differs)")
+        content = _bytes(path / name, entry["size"])
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise _Unsound(f"{name} is not what was written (its sha256 differs)")
         contents[name] = content
     try:
         tensors = {
@@ -236,36 +236,50 @@ def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, size: int | None = None) -> bytes:
+    """The file's bytes; where their number is known, none is read of a file of another, which may be a vast one."""
     try:
-        return read_file(path, follow=False)
+        with open_file(path, follow=False) as file:
+            if size not in (None, os.fstat(file.fileno()).st_size):
+                raise _Unsound(f"{path.name} is not what was written (its size differs)")
+            return file.read()
     except OSError as error:
         raise _Unsound(f"{path.name} cannot be read ({error.strerror or error})") from error
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
-    """The state of any torch optimizer as (tensors, JSON)."""
+    """The state of a torch optimizer that keeps tensors of its parameters' shapes, and scalars, as (tensors, JSON)."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     tensors: dict[str, Tensor] = {}
     entries: dict[str, dict] = {}
     for index, parameter in enumerate(parameters):
         for key, value in optimizer.state.get(parameter, {}).items():
-            name = f"{index}.{key}"
-            if isinstance(value, Tensor):
-                tensors[name] = value
-                # Unless it is fused, AdamW keeps its counter on the CPU beside CUDA moments.
-                entries[name] = {"with_parameter": value.device == parameter.device}
-            else:
-                entries[name] = {"value": value}
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            tensors[f"{index}.{key}"] = value
+            # Unless it is fused, AdamW keeps its counter on the CPU beside CUDA moments.
+            entries[f"{index}.{key}"] = {"with_parameter": value.device == parameter.device}
     shapes = [list(p.shape) for p in parameters]
-    return tensors, json.loads(json.dumps({"entries": entries, "groups": groups, "shapes": shapes}, allow_nan=False))
+    return tensors, {"entries": entries, "groups": _groups(optimizer), "shapes": shapes}
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The settings of its groups, as JSON has them."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return json.loads(json.dumps(groups, allow_nan=False))
+
+
+def _kind(value: Any) -> Any:
+    """Of a value of JSON, what another must have in common with it to take its place."""
+    if isinstance(value, dict):
+        return {key: _kind(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_kind(part) for part in value]
+    return float if type(value) is int else type(value)
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Put back what `pack_optimizer` took. Unlike `load_state_dict`, no dtype is changed.
 
-    Raises UserError when the parameters are not those the state belongs to.
+    Raises UserError when the parameters are not those the state belongs to, and ValueError when it is no such state.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if [list(p.shape) for p in parameters] != state["shapes"] or len(state["groups"]) != len(optimizer.param_groups):
@@ -273,15 +287,16 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
             "The checkpoint's optimizer belongs to an adapter of another shape; resume with the student and the "
             "--lora-rank of the run's config.json."
         )
+    if _kind(state["groups"]) != _kind(_groups(optimizer)):
+        raise ValueError("the optimizer's settings are not such as it has")
     optimizer.state.clear()
     for name, entry in state["entries"].items():
         index, key = name.split(".", 1)
-        parameter = parameters[int(index)]
-        if "value" in entry:
-            value = entry["value"]
-        else:
-            value = tensors[name].to(parameter.device if entry["with_parameter"] else "cpu", copy=True)
-        optimizer.state[parameter][key] = value
+        parameter, tensor = parameters[int(index)], tensors[name]
+        if tensor.shape not in (parameter.shape, ()):
+            raise ValueError(f"the optimizer's {name} has another shape than its parameter")
+        device = parameter.device if entry["with_parameter"] else "cpu"
+        optimizer.state[parameter][key] = tensor.to(device, copy=True)
     for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
         # JSON has no tuples; torch compares betas by value, but a tuple stays a tuple.
         group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})

@@ -162,14 +162,16 @@ class RunLog:
         the run does go on, are its settings written down: one that is refused leaves the folder as it was.
         """
         with self._writing():
+            contents = {
+                name: read_file(self.out / name, follow=False)[: position[name]["bytes"] if position else 0]
+                for name in LINES
+            }
+        self._display.history = _rows(self.out / "metrics.jsonl", contents["metrics.jsonl"], _METRICS)
+        with self._writing():
             self._write_config()
             for name, file in self._files.items():
-                content = read_file(self.out / name, follow=False)[: position[name]["bytes"] if position else 0]
-                self._sha256[name] = hashlib.sha256(content)
-                file.truncate(len(content))
-            self._display.history = [
-                json.loads(line) for line in _lines(read_file(self.out / "metrics.jsonl", follow=False))
-            ]
+                self._sha256[name] = hashlib.sha256(contents[name])
+                file.truncate(len(contents[name]))
 
     def close(self) -> None:
         """Leave the last state of the display standing, and close the files."""
@@ -184,8 +186,10 @@ class RunLog:
         return open_file(self.out / name, "ab", follow=False)
 
     def _evaluations(self) -> list[dict[str, Any]]:
+        path = self.out / "eval.jsonl"
         with self._writing():
-            return [json.loads(line) for line in _lines(read_file(self.out / "eval.jsonl", follow=False))]
+            content = read_file(path, follow=False)
+        return _rows(path, content, _EVALUATION)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         file, line = self._files[name], _line(row)
@@ -205,10 +209,6 @@ class RunLog:
                 f"The run's folder {self.out} cannot be written ({error.strerror or error}); "
                 "make room or rights there, or choose another --out."
             ) from error
-
-
-def _lines(content: bytes) -> list[bytes]:
-    return content.split(b"\n")[:-1]
 
 
 def _tensorboard(out: Path):
@@ -258,22 +258,23 @@ class RunFiles:
 def read_run(run: Path) -> RunFiles:
     """Read what `RunLog` wrote. A last line that a kill cut short is left out; any other damage is a UserError."""
     return RunFiles(
-        config=_parse(run / "config.json", _text(run / "config.json"), {}),
-        metrics=_rows(run / "metrics.jsonl", _METRICS),
-        evaluations=_rows(run / "eval.jsonl", _EVALUATION),
-        rollouts=_rows(run / "rollouts.jsonl", _ROLLOUT),
+        config=_parse(run / "config.json", _content(run / "config.json"), {}),
+        metrics=_rows(run / "metrics.jsonl", _content(run / "metrics.jsonl"), _METRICS),
+        evaluations=_rows(run / "eval.jsonl", _content(run / "eval.jsonl"), _EVALUATION),
+        rollouts=_rows(run / "rollouts.jsonl", _content(run / "rollouts.jsonl"), _ROLLOUT),
         date=time.strftime("%Y-%m-%d %H:%M", time.localtime((run / "metrics.jsonl").stat().st_mtime)),
     )
 
 
-def _rows(path: Path, fields: Fields) -> list[dict]:
-    lines = _text(path).split("\n")
-    return [_parse(f"{path}, line {i}", line, fields) for i, line in enumerate(lines[:-1], 1)]
+def _rows(path: Path, content: bytes, fields: Fields) -> list[dict]:
+    """The whole lines of a file of that content."""
+    lines = content.split(b"\n")[:-1]
+    return [_parse(f"{path}, line {i}", line, fields) for i, line in enumerate(lines, 1)]
 
 
-def _text(path: Path) -> str:
+def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes().decode("utf-8", "replace")
+        return read_file(path)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); give the folder of a run, which holds config.json, "
@@ -281,22 +282,23 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def _parse(where: Path | str, text: str, fields: Fields) -> dict:
+def _parse(where: Path | str, text: bytes, fields: Fields) -> dict:
     try:
-        row = json.loads(text)
+        row = json.loads(text.decode("utf-8", "replace"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is damaged (not JSON: {error}); restore it, or delete the line.") from error
     if not isinstance(row, dict):
         raise UserError(f"{where} is damaged (not an object); restore it, or delete the line.")
     wrong = unsound(row, fields)
     if wrong:
-        raise UserError(f"{where} is damaged (see {', '.join(wrong)}); restore it, or delete the line.")
+        raise UserError(f"{where} is damaged (see {', '.join(wrong)[:80]}); restore it, or delete the line.")
     return row
 
 
 def unsound(row: Mapping[str, Any], fields: Fields) -> list[str]:
     """The names of the fields that a reader cannot take. Of an evaluation, each example has one count."""
-    wrong = [name for name, fits in fields.items() if not fits(row.get(name))]
+    rest = fields.get(None, lambda value: True)
+    wrong = [name for name in {**fields, **row} if name is not None and not fields.get(name, rest)(row.get(name))]
     if not wrong and "correct" in fields and len(row["correct"]) != len(row["keys"]):
         return ["correct", "keys"]
     return wrong
@@ -315,17 +317,21 @@ def _is_list(of: Callable[[Any], bool], length: int | None = None) -> Callable[[
     return lambda value: isinstance(value, list) and length in (None, len(value)) and all(map(of, value))
 
 
+def _is_measured(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
 def _is_terms(value: Any) -> bool:
-    return isinstance(value, dict) and all(v is None or is_number(v) for v in value.values())
+    return isinstance(value, dict) and all(map(_is_measured, value.values()))
 
 
 def _is_segment(value: Any) -> bool:
     return isinstance(value, dict) and _is_text(value.get("text")) and isinstance(value.get("sampled"), bool)
 
 
-Fields = Mapping[str, Callable[[Any], bool]]
-"""What a reader needs of a line, and how to know that it is sound."""
-_METRICS: Fields = {"step": is_number, "phase": _is_text}
+Fields = Mapping[str | None, Callable[[Any], bool]]
+"""What a reader needs of a line, and how to know that it is sound; at None, of every other field that it has."""
+_METRICS: Fields = {"step": is_number, "phase": lambda value: value in ("sft", "rl"), None: _is_measured}
 RESULT: Fields = {
     "name": _is_text, "suite": _is_text, "n": is_number, "accuracy": is_number, "ci95": _is_list(is_number, 2),
     "correct": _is_list(is_number), "keys": _is_list(_is_text),

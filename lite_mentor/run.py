@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import operator
 import random
 import subprocess
 import sys
@@ -120,19 +121,36 @@ class Run:
                 )
             self.log.rewind({})
             return None
+        if found.step > self.config.steps:
+            raise UserError(
+                f"--steps {self.config.steps}: {found.path} is past that end; give --steps {found.step} or more, or "
+                "start a new run with another --out."
+            )
+        try:
+            self._go_on_from(found)
+        except torch.cuda.OutOfMemoryError:  # for which the checkpoint is not to blame
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{found.path} is as it was written, but a run cannot go on from what it holds "
+                f"({type(error).__name__}: {error}); remove that folder, and the checkpoint before it is taken."
+            ) from error
+        # A kill may have come between that save and these.
+        checkpoint.tidy(self.out, found.step, **self._kept())
+        self.keep_best(found.step)
+        self.log.note(f"resuming at step {found.step} of {self.config.steps}, from {found.path}")
+        return found.step
+
+    def _go_on_from(self, found: checkpoint.Checkpoint) -> None:
+        """Put back all that `save` wrote. Whoever hashed it may have written anything: the lines are cut last."""
         self._check_that_it_is_ours(found)
         self.student.load_adapter_state(found.tensors["adapter"])
         if "reference" in found.tensors:
             self.student.keep_reference(found.tensors["reference"])
         checkpoint.unpack_optimizer(self.optimizer, found.tensors["optimizer"], found.state["optimizer"])
         checkpoint.restore_rng(found.tensors["rng"], found.state["rng"])
+        self.guard.in_a_row = operator.index(found.state["refused_in_a_row"])
         self.log.rewind(found.state["log"])
-        self.guard.in_a_row = found.state["refused_in_a_row"]
-        # A kill may have come between that save and these.
-        checkpoint.tidy(self.out, found.step, **self._kept())
-        self.keep_best(found.step)
-        self.log.note(f"resuming at step {found.step} of {self.config.steps}, from {found.path}")
-        return found.step
 
     def _check_that_it_is_ours(self, found: checkpoint.Checkpoint) -> None:
         """Raise UserError unless `found` goes on bit for bit here; what is merely inexact, --resume-anyway accepts.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -348,6 +349,80 @@ def test_resume_of_a_run_whose_files_are_damaged(capsys, straight, tmp_path):
     shutil.rmtree(out / "checkpoints")
     assert "has RL steps in metrics.jsonl but no checkpoint" in complaint(capsys, *resume)
     assert (out / "metrics.jsonl").read_bytes() == lines.replace(b"1", b"2", 1)
+
+
+def test_resume_to_an_end_that_is_past(capsys, straight):
+    error = complaint(capsys, "--resume", str(straight), "--steps", "3", "--resume-anyway")
+    assert f"--steps 3: {straight / 'checkpoints' / 'step-000004'} is past that end; give --steps 4 or more" in error
+
+
+def fewer_entries(state: dict, tensors: dict) -> None:
+    del tensors["optimizer"]["0.exp_avg"]
+
+
+def one_moment_for_all(state: dict, tensors: dict) -> None:
+    tensors["optimizer"]["0.exp_avg"] = torch.zeros(1)
+
+
+FORGED = {
+    "a state of nothing": lambda state, tensors: state.clear(),
+    "settings that are a number": lambda state, tensors: state.update(config=3),
+    "identities in a list": lambda state, tensors: state.update(identity=[]),
+    "a place that is text": lambda state, tensors: state["log"]["eval.jsonl"].update(bytes="5"),
+    "a moment of no parameter": lambda state, tensors: state["optimizer"]["entries"].update({"999.exp_avg": {}}),
+    "a moment that is not there": fewer_entries,
+    "a moment of another shape": one_moment_for_all,
+    "a learning rate that is text": lambda state, tensors: state["optimizer"]["groups"][0].update(lr="x"),
+    "betas that are text": lambda state, tensors: state["optimizer"]["groups"][0].update(betas=["x", "y"]),
+    "a generator without its words": lambda state, tensors: state["rng"].update(python=[3, [1, 2], None]),
+    "a generator of another kind": lambda state, tensors: tensors["rng"].update(torch_cpu=torch.zeros(3)),
+    "a count that is text": lambda state, tensors: state.update(refused_in_a_row="a"),
+    "no adapter": lambda state, tensors: tensors.pop("adapter"),
+}
+
+
+def forged(run: Path, out: Path, change) -> Path:
+    """The run with its newest checkpoint changed, and hashed again. Returns that checkpoint's folder."""
+    shutil.copytree(run, out)
+    found, _ = checkpoint.load(out)
+    change(found.state, found.tensors)
+    shutil.rmtree(found.path)
+    return checkpoint.save(out, found.step, tensors=found.tensors, state=found.state, keep=2)
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_resume_from_what_another_hand_has_hashed(capsys, straight, tmp_path, name):
+    path = forged(straight, tmp_path / "run", FORGED[name])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    error = complaint(capsys, "--resume", str(tmp_path / "run"), "--steps", "4", "--resume-anyway")
+    assert f"{path} is as it was written, but a run cannot go on from what it holds" in error
+    assert "remove that folder, and the checkpoint before it is taken." in error
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == lines
+
+
+def test_a_gpu_without_room_is_not_the_checkpoints_fault(straight, monkeypatch):
+    monkeypatch.setattr(checkpoint, "unpack_optimizer", Mock(side_effect=torch.cuda.OutOfMemoryError("full")))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        train.main(["--resume", str(straight)])
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "wrong"),
+    [
+        ("metrics.jsonl", b'{"step": 0, "pha', "not JSON"),
+        ("metrics.jsonl", b'{"step": 0, "phase": "rl", "time/step": "x"}', "see time/step"),
+        ("metrics.jsonl", b'{"step": 0, "phase": "none"}', "see phase"),
+        ("eval.jsonl", b"[1]", "not an object"),
+        ("eval.jsonl", b'{"step": 0, "name": "final", "suite": "validation", "accuracy": 0.5}', "see n, ci95"),
+    ],
+)
+def test_resume_of_lines_that_another_hand_has_hashed(capsys, straight, tmp_path, name, line, wrong):
+    content, out = line + b"\n", tmp_path / "run"
+    place = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    forged(straight, out, lambda state, tensors: state["log"].update({name: place}))
+    (out / name).write_bytes(content)
+    error = complaint(capsys, "--resume", str(out), "--steps", "4", "--eval-every", "1")
+    assert f"{out / name}, line 1 is damaged ({wrong}" in error
 
 
 def test_resume_with_another_student_or_other_records(capsys, straight, tmp_path, monkeypatch):
