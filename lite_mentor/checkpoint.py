@@ -130,8 +130,8 @@ def tidy(root: Path, step: int, *, keep: int, spare: int | None = None) -> None:
 def versions() -> dict[str, str | None]:
     """What computes here: with another version of a package a run does not go on bit for bit. None: not there.
 
-    With the same ones it does on a CPU, if torch also has as many threads and the same instructions, which is tested;
-    on CUDA, on the same GPU, it is meant to, with `Config.deterministic`, and was not yet run.
+    With the same ones it is meant to. That is tested on a CPU, in processes of one machine; on CUDA, where it takes
+    `Config.deterministic`, it was not yet run.
     """
     found: dict[str, str | None] = {"python": platform.python_version()}
     found[THREADS], found[INSTRUCTIONS] = str(torch.get_num_threads()), torch.backends.cpu.get_cpu_capability()
@@ -344,12 +344,17 @@ def lock(out: Path) -> Iterator[None]:
     with file:
         try:
             _lock_file(file)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:  # what lockf and Windows say of a lock that is held
             file.seek(0)
             holder = file.read(20).decode("ascii", "replace").strip()
             holder = holder if holder.isdecimal() else "unknown"
             raise UserError(
                 f"Another process (pid {holder}) is running in {out}; wait for it or stop it, or choose another --out."
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"The run's folder {out} cannot be locked, so two runs might write there at once ({error.strerror}); "
+                "choose an --out on another disk."
             ) from error
         try:
             file.truncate(0)

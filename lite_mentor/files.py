@@ -13,7 +13,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
@@ -25,37 +25,46 @@ OWN = (
     "tensorboard", ".tmp-*",
 )  # fmt: skip
 """The names of what a run writes in its folder."""
+IN_PLACE = (".lock", "*.jsonl")
+"""Of those, the names of files that are written where they are; all else is replaced, whatever names it had."""
 
 
-def check_folder(out: Path) -> None:
+def check_folder(out: Path, *, written: bool = True) -> None:
     """Raise UserError when a write to one of OWN in the run's folder `out` would end elsewhere, or wait for a reader.
 
-    A folder of somebody else's making may hold links to any file, and pipes. The folder itself may be a link.
+    A folder of somebody else's making may hold links to any file, and pipes. The folder itself may be a link. Not
+    `written`: of IN_PLACE nothing is, and it may have a second name.
     """
     try:
         names = sorted(os.listdir(out)) if os.path.exists(out) else []
-        kinds = {name: _kind(Path(out) / name) for name in names if any(fnmatchcase(name, own) for own in OWN)}
+        about = {name: _about(Path(out) / name) for name in names if _is_of(name, OWN)}
     except OSError as error:
         raise UserError(f"The run's folder {out} cannot be used ({error.strerror}); choose another.") from error
-    for name, kind in kinds.items():
-        if kind:
+    for name, found in about.items():
+        if found is None or stat.S_ISDIR(found.st_mode):
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "a pipe, a socket or a device"
             raise UserError(
                 f"{Path(out) / name} is {kind}, and a run writes only to plain files and folders of its own; put a "
                 "copy in its place, or choose another folder."
             )
+        if written and found.st_nlink > 1 and _is_of(name, IN_PLACE):
+            raise UserError(
+                f"{Path(out) / name} has a second name (a hard link, as cp -l and some backups make them), under which "
+                f"it would change as well; copy the run (cp -r {out} {out}-copy) and go on with the copy."
+            )
 
 
-def _kind(path: Path) -> str:
-    """What it is, where it is no folder and no plain file of one name."""
+def _is_of(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _about(path: Path) -> os.stat_result | None:
     try:
-        about = os.lstat(path)
+        return os.lstat(path)
     except FileNotFoundError:  # a report of a run that goes on: that has just renamed it
-        return ""
-    if stat.S_ISLNK(about.st_mode):
-        return "a symbolic link"
-    if stat.S_ISREG(about.st_mode):
-        return "a file with a second name (a hard link)" if about.st_nlink > 1 else ""
-    return "" if stat.S_ISDIR(about.st_mode) else "a pipe, a socket or a device"
+        return None
 
 
 def open_file(path: Path, mode: str = "rb", *, follow: bool = True) -> BinaryIO:
@@ -111,7 +120,7 @@ def replace_file(path: Path, content: bytes) -> None:
 def replace_folder(path: Path, files: Mapping[str, bytes]) -> None:
     """Put a folder of files at `path`. What is there is moved aside first: a kill just then leaves nothing there.
 
-    Raises OSError.
+    Raises OSError, and what was there is there again.
     """
     temporary, replaced = (path.with_name(f".tmp-{prefix}{path.name}") for prefix in ("", "replaced-"))
     remove(temporary)
@@ -127,6 +136,8 @@ def replace_folder(path: Path, files: Mapping[str, bytes]) -> None:
         sync_folder(path.parent)
     except OSError:
         remove(temporary)
+        if os.path.lexists(replaced) and not os.path.lexists(path):
+            replaced.rename(path)
         raise
     remove(replaced)
 
@@ -141,11 +152,17 @@ def remove(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable. Windows has no such call, and needs none after a rename."""
+    """Make the names in a folder durable. Windows has no such call, and needs none after a rename.
+
+    Some file systems (of networks, and FUSE) have none for a folder, and say so: what they do with names is their own.
+    """
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+                raise
         finally:
             os.close(descriptor)
 

@@ -36,7 +36,7 @@ _STATISTICS = {
 def write_report(run: Path) -> Path:
     """Write `report.html` into the folder of a run and return its path. Raises UserError when a file is not sound."""
     run = Path(run)
-    check_folder(run)
+    check_folder(run, written=False)
     files = read_run(run)
     markup = render(
         title=escape(f"{files.config.get('preset', 'run')} · {files.config.get('student', '')}"),

@@ -214,7 +214,8 @@ def differences(found: checkpoint.Checkpoint, run: Run) -> tuple[list[str], list
     elsewhere = {checkpoint.GPU} if on_cpu else {checkpoint.THREADS, checkpoint.INSTRUCTIONS}
     for what, version in found.versions.items():
         if what not in elsewhere and here.get(what) != version:
-            inexact.append(printable(f"{what} was {version} and is {here.get(what)}"))
+            cure = f" (set OMP_NUM_THREADS={version})" if what == checkpoint.THREADS else ""
+            inexact.append(printable(f"{what} was {version} and is {here.get(what)}{cure}"))
     return other, inexact
 
 

@@ -13,6 +13,7 @@ import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -491,6 +492,13 @@ def test_a_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
     with lock(tmp_path / "run"):
         second = hold(tmp_path / "run")
         assert f"pid {os.getpid()}" in second.communicate("")[0]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
+def test_a_disk_that_knows_no_locks_is_not_another_process(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(checkpoint, "_lock_file", Mock(side_effect=OSError(code, os.strerror(code))))
+    with pytest.raises(UserError, match=f"cannot be locked.*{os.strerror(code)}.*on another disk"), lock(tmp_path):
+        pass
 
 
 def test_a_folder_that_cannot_be_used(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -28,10 +30,6 @@ def link_to_a_folder(path: Path, outside: Path) -> None:
     path.symlink_to(outside.parent)
 
 
-def hard_link(path: Path, outside: Path) -> None:
-    path.hardlink_to(outside)
-
-
 def pipe(path: Path, outside: Path) -> None:
     os.mkfifo(path)
 
@@ -44,7 +42,7 @@ def listening_socket(path: Path, outside: Path) -> None:
     os.chdir(here)
 
 
-FOREIGN = [link, dangling_link, link_to_a_folder, hard_link, pipe, listening_socket]
+FOREIGN = [link, dangling_link, link_to_a_folder, pipe, listening_socket]
 
 
 @posix
@@ -59,6 +57,30 @@ def test_what_leads_elsewhere_is_refused(tmp_path, make, name):
     make(run / name, outside)
     with pytest.raises(UserError, match=f"{name} is a .*only to plain files and folders of its own"):
         check_folder(run)
+
+
+@posix
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "quarantine.jsonl"])
+def test_a_second_name_of_what_is_written_in_place_is_refused(tmp_path, name):
+    run, outside = tmp_path / "run", tmp_path / "theirs"
+    run.mkdir()
+    outside.write_text("precious")
+    (run / name).hardlink_to(outside)
+    with pytest.raises(UserError, match=f"{name} has a second name .* copy the run .cp -r {run} {run}-copy. and go on"):
+        check_folder(run)
+    check_folder(run, written=False)
+
+
+@posix
+def test_a_second_name_of_what_is_replaced_keeps_its_file(tmp_path):
+    run, outside = tmp_path / "run", tmp_path / "theirs"
+    run.mkdir()
+    outside.write_text("precious")
+    for name in ("config.json", "report.html", ".tmp-config.json"):
+        (run / name).hardlink_to(outside)
+    check_folder(run)
+    replace_file(run / "config.json", b"mine")
+    assert ((run / "config.json").read_text(), outside.read_text()) == ("mine", "precious")
 
 
 @posix
@@ -160,6 +182,42 @@ def test_a_disk_without_room_leaves_what_was_there(tmp_path, monkeypatch):
     assert content(tmp_path / "best") == OLD
     assert read_file(tmp_path / "file", follow=False) == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@posix
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_syncs_no_folder_is_one_to_write_to(tmp_path, monkeypatch, code):
+    real = os.fsync
+
+    def sync(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            replace_file(tmp_path / "file", b"new")
+    else:
+        replace_file(tmp_path / "file", b"new")
+        replace_folder(tmp_path / "best", NEW)
+        assert ((tmp_path / "file").read_bytes(), content(tmp_path / "best")) == (b"new", NEW)
+
+
+def test_a_folder_that_cannot_be_named_leaves_the_old_one_in_its_place(tmp_path, monkeypatch):
+    replace_folder(tmp_path / "best", OLD)
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == ".tmp-best":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        replace_folder(tmp_path / "best", NEW)
+    assert content(tmp_path / "best") == OLD
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
 @posix

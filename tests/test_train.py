@@ -438,7 +438,7 @@ def test_resume_with_another_student_or_other_records(capsys, straight, tmp_path
     monkeypatch.undo()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     error = complaint(capsys, *resume)
-    assert "bit for bit: the number of torch's threads was 1 and is 7. Put that right, or accept it with --res" in error
+    assert "bit for bit: the number of torch's threads was 1 and is 7 (set OMP_NUM_THREADS=1). Put that right" in error
     monkeypatch.undo()
     assert "date was 20" in complaint(capsys, *resume, "--date", "2020-02-29")
 
@@ -459,7 +459,13 @@ def test_resume_with_other_tools_and_another_judge(capsys, straight, tmp_path, m
 @pytest.mark.parametrize(
     ("device", "found"),
     [
-        ("cpu", ["the number of torch's threads was 4 and is 2", "the processor's instruction set was A and is B"]),
+        (
+            "cpu",
+            [
+                "the number of torch's threads was 4 and is 2 (set OMP_NUM_THREADS=4)",
+                "the processor's instruction set was A and is B",
+            ],
+        ),
         ("cuda", ["the GPU was C and is D"]),
     ],
 )
