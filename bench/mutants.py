@@ -28,6 +28,7 @@ from pathlib import Path
 
 from bench.measure import dirty, machine
 from lite_mentor.errors import UserError
+from lite_mentor.files import replace_file
 
 ROOT = Path(__file__).parent.parent
 LIST = Path(__file__).with_suffix(".txt")
@@ -114,10 +115,11 @@ def main(argv: list[str]) -> None:
         for mutant in left:
             results[mutant.name] = examine(mutant, copy, options.seconds)
             print(table([mutant], results).splitlines()[-1], flush=True)
-            replace(options.out / "mutants.json", json.dumps({**about, "results": results}, indent=1))
+            content = json.dumps({**about, "results": results}, indent=1)
+            replace_file(options.out / "mutants.json", content.encode())
     shown = [mutant for mutant in read_list(LIST.read_text(encoding="utf-8")) if mutant.name in results]
     text = f"{json.dumps(about)}\n\n{table(shown, results)}\n"
-    replace(options.out / "mutants.md", text)
+    replace_file(options.out / "mutants.md", text.encode())
     print(text)
     wrong = [m.name for m in chosen if results[m.name]["result"] != ("survived" if m.equivalent else "killed")]
     if wrong:
@@ -158,13 +160,6 @@ def earlier(path: Path, tree: str) -> dict[str, dict]:
     if found["tree"] != tree:
         raise UserError(f"{path} is of other code, of {found['date']}; name a new --out.")
     return found["results"]
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def check_unchanged(mutants: Iterable[Mutant], copy: Path) -> None:

@@ -392,6 +392,8 @@ def check(config: Config) -> None:
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, float) and not math.isfinite(part):
                 raise UserError(f"--{name.replace('_', '-')} is {part}; it must be finite.")
+    if config.seed >= 2**63:
+        raise UserError(f"--seed is {config.seed}; it must be below 2 ** 63.")
     if config.group_size < 2:
         raise UserError("--group-size is 1, so no rollout has another to be compared with; use 2 or more.")
     if config.clip[0] > 1:

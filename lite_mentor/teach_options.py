@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,11 @@ def check(options: Options) -> None:
     least = dict(size=1, max_turns=1, concurrency=1, requests_per_minute=0, temperature=0)
     least["max_new_tokens"] = 1 if options.source == "local" else 0
     for name, limit in least.items():
-        if getattr(options, name) < limit:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {limit}.")
+        flag, value = f"--{name.replace('_', '-')}", getattr(options, name)
+        if not value >= limit:  # so that NaN is not, either
+            raise UserError(f"{flag} is {value}; it must be at least {limit}.")
+        if value == math.inf:
+            raise UserError(f"{flag} is {value}; it must be finite.")
     if _address(options.base_url) != options.base_url:
         raise UserError(
             "--base-url must be an address alone, http://HOST:PORT/PATH, without a user, a password, a ?query or a "

@@ -78,6 +78,8 @@ def test_unknown_preset_names_the_presets():
         (["--lr", "inf"], "--lr is inf; it must be finite"),
         (["--clip", "0.1", "inf"], "--clip is inf; it must be finite"),
         (["--clip", "-0.1", "0.2"], "--clip is -0.1; it must not be negative"),
+        (["--seed", "9223372036854775808"], "--seed is 9223372036854775808; it must be below 2 ** 63"),
+        (["--cache-gib", "nan"], "--cache-gib is nan; it must be finite"),
         (["--sft-steps", "-1"], "--sft-steps is -1; it must not be negative"),
     ],
 )

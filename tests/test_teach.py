@@ -151,6 +151,9 @@ def test_another_source_is_refused(tmp_path, capsys):
         (["--max-turns", "0"], "error: --max-turns is 0; it must be at least 1.\n"),
         (["--source", "local", "--max-new-tokens", "0"], "error: --max-new-tokens is 0; it must be at least 1.\n"),
         (["--concurrency", "0"], "error: --concurrency is 0; it must be at least 1.\n"),
+        (["--temperature", "nan"], "error: --temperature is nan; it must be at least 0.\n"),
+        (["--requests-per-minute", "nan"], "error: --requests-per-minute is nan; it must be at least 0.\n"),
+        (["--temperature", "inf"], "error: --temperature is inf; it must be finite.\n"),
     ],
 )
 def test_a_user_error_is_one_sentence(tmp_path, capsys, flags, sentence):
