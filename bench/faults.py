@@ -8,6 +8,7 @@ a file cut or deleted. A forked trainer (see `kills`) counts its points, and at 
     a full disk        a write takes half of the bytes; this call, or the next, and all that need room raise ENOSPC
     a kill before      is SIGKILL, in place of the call (so after the point before it; an fsync leaves nothing to see)
     a kill within      is SIGKILL after half of the bytes
+    a Ctrl-C           is SIGINT: KeyboardInterrupt in place of the call, or a request to stop after this step
 
 What raises must end the run with one sentence, or be survived; adapters are whole or absent; and a resume without the
 fault must end as the run that nothing befell: `kills.differences` finds nothing.
@@ -36,7 +37,7 @@ FLAGS = [
     "--lora-rank", "8", "--temperature", "1.5", "--micro-tokens", "320", "--steps", "2", "--save-every", "1",
     "--eval-every", "1", "--eval-suites", "validation",
 ]  # fmt: skip
-KINDS = ("a short write", "an I/O error", "a full disk", "a kill before", "a kill within")
+KINDS = ("a short write", "an I/O error", "a full disk", "a kill before", "a kill within", "a Ctrl-C")
 ADAPTERS = ("cold_start", "adapter", "best")
 NEW, OPENED = "a new run", "a killed run is opened"
 NEED_ROOM = frozenset({"open", "write", "mkdir"})
@@ -77,7 +78,7 @@ class Outcome:
     path: str
     kind: str
     ended: str
-    """The run with the fault: "went on", "one sentence", "killed", or what it must not do."""
+    """The run with the fault: "went on", "one sentence", "killed", "interrupted", or what it must not do."""
     wrong: str
     """What did not hold; "" when all did."""
 
@@ -143,8 +144,10 @@ def _outcome(part: str, point: Point, kind: str, argv: list[str], run: Path, who
     wrong = ""
     if len(met) < point.number or met[point.number - 1].call != point.call:
         wrong = "this call did not come again"
-    ended = {0: "went on", 2: "one sentence", -signal.SIGKILL: "killed"}.get(status, f"exit {status}: {last}")
-    if (ended == "killed") != kind.startswith("a kill") or ended.startswith("exit") or not last:
+    ends = {0: "went on", 2: "one sentence", -signal.SIGKILL: "killed", 130: "interrupted"}
+    ended = ends.get(status, f"exit {status}: {last}")
+    may_end = {"a kill before": ["killed"], "a kill within": ["killed"], "a Ctrl-C": ["interrupted"]}
+    if ended not in may_end.get(kind, ["went on", "one sentence"]):
         wrong = wrong or f"it ended otherwise: {status} {last}"
     torn = [name for name in ADAPTERS if _sizes(run / name) not in (None, _sizes(whole / name))]
     wrong = wrong or ", ".join(f"{name} was torn" for name in torn)
@@ -195,6 +198,7 @@ class Injector:
 
     def install(self) -> None:
         """Stand between the whole process and the system."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background inherits as ignored
         self.lines = os.open(self.record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
         for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate"):
             setattr(os, name, self._counted(name, getattr(os, name)))
@@ -243,6 +247,9 @@ class Injector:
             return ""
         if self.fault.kind == "a kill before":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault.kind == "a Ctrl-C":
+            os.kill(os.getpid(), signal.SIGINT)
+            return ""
         if self.fault.kind == "an I/O error":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         self.full = self.fault.kind == "a full disk"

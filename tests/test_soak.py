@@ -67,7 +67,7 @@ def test_runs_that_met_a_fault_end_as_the_one_that_met_none(tmp_path, cache, cap
         found = faults.soak(tmp_path, most=3, flags=SMALL)
     assert [(o["wrong"], o["part"]) for o in found["outcomes"]] == [("", faults.NEW)] * 2 + [("", faults.OPENED)]
     assert found["differences_without_a_fault"] == []
-    assert {o["ended"] for o in found["outcomes"]} <= {"went on", "one sentence", "killed"}
+    assert {o["ended"] for o in found["outcomes"]} <= {"went on", "one sentence", "killed", "interrupted"}
     assert "1 of 1" in faults.table(found)
 
 
@@ -111,6 +111,7 @@ def test_each_fault_comes_where_it_should(tmp_path, kind):
         "a full disk": (False, "1234", "4 28 28 "),
         "a kill before": (True, "", ""),
         "a kill within": (True, "1234", ""),
+        "a Ctrl-C": (False, "", ""),
     }[kind]
 
 
