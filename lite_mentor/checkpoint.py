@@ -17,7 +17,7 @@ import os
 import platform
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +149,7 @@ def _read(path: Path) -> Checkpoint:
     manifest = _read_manifest(path)
     contents = {}
     for name, entry in manifest["files"].items():
-        content = _bytes(path / name, entry["size"])
+        content = _bytes(path / name, [entry["size"]])
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise _Unsound(f"{name} is not what was written (its sha256 differs)")
         contents[name] = content
@@ -168,7 +168,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _read_manifest(path: Path) -> dict:
-    raw = _bytes(path / "MANIFEST.json")
+    raw = _bytes(path / "MANIFEST.json", range(1 << 20))
     try:
         manifest = json.loads(raw)
         # Equal to its own canonical form, and hashed over the rest: no flipped byte of it goes unnoticed.
@@ -236,11 +236,11 @@ def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def _bytes(path: Path, size: int | None = None) -> bytes:
-    """The file's bytes; where their number is known, none is read of a file of another, which may be a vast one."""
+def _bytes(path: Path, sizes: Container[int]) -> bytes:
+    """The file's bytes; of a file that has another number of them, which may be a vast one, none is read."""
     try:
         with open_file(path, follow=False) as file:
-            if size not in (None, os.fstat(file.fileno()).st_size):
+            if os.fstat(file.fileno()).st_size not in sizes:
                 raise _Unsound(f"{path.name} is not what was written (its size differs)")
             return file.read()
     except OSError as error:

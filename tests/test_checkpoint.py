@@ -225,10 +225,11 @@ def test_a_checkpoint_that_names_a_file_elsewhere_is_refused_though_that_is_as_i
 
 
 @pytest.mark.skipif(os.name != "posix", reason="its files with holes")
-def test_a_file_of_another_size_is_not_read(tmp_path):
-    path = write(tmp_path, 1) / "state.json"
+@pytest.mark.parametrize("name", ["state.json", "adapter.safetensors", "MANIFEST.json"])
+def test_a_file_of_another_size_is_not_read(tmp_path, name):
+    path = write(tmp_path, 1) / name
     os.truncate(path, 1 << 42)  # more than any memory, and nothing on the disk
-    with pytest.raises(UserError, match=r"state.json is not what was written \(its size differs"):
+    with pytest.raises(UserError, match=rf"{name} is not what was written \(its size differs"):
         load(tmp_path)
 
 
