@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--soft-labels must name the file to write, and --sft-steps must not be 0.")
         if own.labels < 1:
             raise UserError(f"--labels is {own.labels}; keep 1 token or more at each position.")
-        soft.check_path(Path(config.soft_labels))
+        soft.check_path(own.soft_labels)
         config = replace(config, device=compute_device(config.device), date=config.date or str(date.today()))
         rollouts, vocabulary = student_records(config)
         teacher = load_student(
