@@ -225,8 +225,8 @@ def _answer_in_child(request: Request, pipe: int) -> Mapping[str, Any]:
     os.close(writing)
     with os.fdopen(reading, "rb") as told:
         line = told.readline(MAX_REPLY_BYTES)
-    os.kill(child, signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError):  # a module may have asked for its children to be buried unseen
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):  # a module may have its children buried unseen
+        os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     reply = {"status": "error", "text": ENDED}
     with contextlib.suppress(ValueError, RecursionError):
