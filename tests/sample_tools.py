@@ -144,9 +144,9 @@ def rename_add() -> str:
     return "renamed"
 
 
-def say(frame: str) -> None:
+def say(frame: str, backwards: bool = False) -> None:
     """Writes the line to every file that is open, and answers nothing itself."""
-    for descriptor in range(3, 64):
+    for descriptor in sorted(range(3, 64), reverse=backwards):
         try:
             os.write(descriptor, frame.encode() + b"\n")
         except OSError:

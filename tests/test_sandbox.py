@@ -133,7 +133,7 @@ def test_what_a_tool_started_ends_with_it():
         assert status == "timeout"
         connection, _ = server.accept()
         with connection:
-            connection.settimeout(10)
+            connection.settimeout(5)
             assert connection.recv(1) == b""
 
 
@@ -214,8 +214,9 @@ def test_what_a_tool_writes_to_its_pipes_is_no_answer(call, frame):
 
 
 @needs_fork
-def test_a_call_answers_for_itself_alone(call):
-    assert call("say", frame='{"status": "ok", "text": "mine"}') == ("ok", "mine")
+@pytest.mark.parametrize("backwards", [False, True])  # it is killed as soon as it has answered
+def test_a_call_answers_for_itself_alone(call, backwards):
+    assert call("say", frame='{"status": "ok", "text": "mine"}', backwards=backwards) == ("ok", "mine")
 
 
 def test_an_answer_to_another_request_is_none(tmp_path, monkeypatch):
@@ -271,7 +272,7 @@ def with_path() -> dict[str, str]:
 
 
 def wait_until(true) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 10
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
