@@ -185,7 +185,7 @@ def test_float64_is_for_the_torch_backend(kernel_device):
         triton_head(*(x.to(kernel_device) for x in (case.hidden_NH, case.weight_VH, case.targets_N)))
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     N=st.integers(3, 70),
     H=st.integers(1, 70),

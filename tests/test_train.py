@@ -97,7 +97,8 @@ def test_a_run_through_interpreted_kernels_is_the_run_through_torch(tmp_path, mo
     for backend in ("torch", "triton"):
         out = tmp_path / backend
         # One RL step: Adam turns a last digit of a gradient near 0 into a whole step, and then other tokens are drawn.
-        assert run(out, "--steps", "1", "--temperature", "1.5", "--backend", backend, "--eval-size", "2") == 0
+        few = ["--steps", "1", "--eval-size", "2", "--prompts-per-step", "2", "--sft-batch", "4"]
+        assert run(out, *few, "--temperature", "1.5", "--backend", backend) == 0
     found, expected = (rows(tmp_path / backend / "metrics.jsonl") for backend in ("triton", "torch"))
     assert [m["phase"] for m in found] == ["sft", "sft", "sft", "rl"]
     assert found[-1]["tokens/sampled"] == expected[-1]["tokens/sampled"]
