@@ -155,7 +155,9 @@ def _outcome(part: str, point: Point, kind: str, argv: list[str], run: Path, who
         again = ["--resume", str(run)] if (run / "config.json").exists() else argv
         status, last = _run(again, run, run.parent, Fault())
         wrong = wrong or (f"going on, it ended with exit {status}: {last}" if status else "")
-    wrong = wrong or ", ".join(differences(whole, run))
+    # What cannot be deleted stays, under a name that the next save or resumption tries again.
+    stays = kind == "an I/O error" and point.call in ("unlink", "rmdir")
+    wrong = wrong or ", ".join(name for name in differences(whole, run) if not (stays and "/.tmp-" in name))
     return Outcome(part, point.call, point.path, kind, ended, wrong)
 
 
