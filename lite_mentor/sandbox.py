@@ -2,9 +2,9 @@
 
 Limited everywhere: wall-clock time (the worker and everything it started are killed), CPU time, memory, the size of a
 file, the number of open files and of processes, the length of a result. A worker sees only the environment variables
-that importing needs, so no keys or tokens, and what it prints goes nowhere. Every call has a process of its own, forked
-from one that has imported the tool's module (worker.py): calls cannot answer for each other, and what they leave behind
-is files at most.
+that importing needs, so no keys or tokens, and what it prints goes nowhere. A worker runs the tools of one module, and
+every call has a process of its own, forked from one that has imported it (worker.py): calls cannot answer for each
+other, and what they leave behind is files at most. Only calls of a module that has threads share its process.
 
 On Linux, workers also run in namespaces where the machine allows it (isolation.py; `find_way` tries it once, and
 `Sandbox.note` says what was found): no network, not even loopback; the folders that importing needs, read-only, and a
